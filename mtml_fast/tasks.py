@@ -44,7 +44,8 @@ class TaskRows:
             raise ValueError(f"x must be {shape}, got shape {list(self.x.shape)}")
         if self.y is not None:
             if self.y.shape[:lead] != self.x.shape[:lead]:
-                raise ValueError(f"y must have the rows of x {list(self.x.shape[:lead])}, got shape {list(self.y.shape)}")
+                rows = list(self.x.shape[:lead])
+                raise ValueError(f"y must have the rows of x {rows}, got shape {list(self.y.shape)}")
             if self.y.device != self.x.device:
                 raise ValueError(f"y must be on the device of x ({self.x.device}), got {self.y.device}")
         if self.is_ragged:
@@ -127,7 +128,8 @@ class TaskBatch:
             if not isinstance(rows, TaskRows):
                 raise TypeError(f"{name} must be TaskRows, got {type(rows).__name__}")
         if self.support.num_tasks != self.query.num_tasks:
-            raise ValueError(f"query must hold the {self.support.num_tasks} tasks of support, got {self.query.num_tasks}")
+            tasks = self.support.num_tasks
+            raise ValueError(f"query must hold the {tasks} tasks of support, got {self.query.num_tasks}")
 
     @property
     def num_tasks(self) -> int:
@@ -148,9 +150,9 @@ def _check_offsets(name: str, offsets: Tensor, rows: int) -> None:
         raise ValueError(f"{name} must be [T + 1], got shape {list(offsets.shape)}")
     if torch.compiler.is_compiling():
         return
-    values = offsets.tolist()
-    if values[0] != 0 or values[-1] != rows:
-        raise ValueError(f"{name} must run from 0 to the number of rows {rows}, got {values[0]} to {values[-1]}")
-    for t, (start, stop) in enumerate(zip(values, values[1:], strict=False)):
-        if stop <= start:
-            raise ValueError(f"{name} must increase (no task may be empty), got {start} then {stop} at task {t}")
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != rows:
+        raise ValueError(f"{name} must run from 0 to the number of rows {rows}, got {first} to {last}")
+    for t in (offsets.diff() <= 0).nonzero().flatten().tolist():
+        start, stop = offsets[t : t + 2].tolist()
+        raise ValueError(f"{name} must increase (no task may be empty), got {start} then {stop} at task {t}")
