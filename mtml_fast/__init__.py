@@ -4,3 +4,4 @@ __version__ = "0.1.0"
 
 from mtml_fast.tasks import TaskBatch as TaskBatch
 from mtml_fast.tasks import TaskRows as TaskRows
+from mtml_fast.ops import backend as backend

@@ -49,7 +49,7 @@ class TaskRows:
             if self.y.device != self.x.device:
                 raise ValueError(f"y must be on the device of x ({self.x.device}), got {self.y.device}")
         if self.is_ragged:
-            _check_offsets("offsets", self.offsets, self.x.shape[0])
+            check_offsets("offsets", self.offsets, self.x.shape[0])
         elif self.x.shape[0] > 0 and self.x.shape[1] == 0:
             raise ValueError(f"x must hold at least one row in every task, got shape {list(self.x.shape)}")
         if self.class_mask is not None:
@@ -143,16 +143,18 @@ class TaskBatch:
         return TaskBatch(self.support.to(*args, **kwargs), self.query.to(*args, **kwargs))
 
 
-def _check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+def check_offsets(name: str, offsets: Tensor, rows: int, *, empty_tasks: bool = False, values: bool = True) -> None:
+    """int64 `[T + 1]`, from 0 to the number of rows, increasing (or not decreasing, where tasks may be empty)."""
     if offsets.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 1:
         raise ValueError(f"{name} must be [T + 1], got shape {list(offsets.shape)}")
-    if torch.compiler.is_compiling():
+    if not values or torch.compiler.is_compiling():
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != rows:
         raise ValueError(f"{name} must run from 0 to the number of rows {rows}, got {first} to {last}")
-    for t in (offsets.diff() <= 0).nonzero().flatten().tolist():
+    rule = "not decrease" if empty_tasks else "increase (no task may be empty)"
+    for t in (offsets.diff() < (0 if empty_tasks else 1)).nonzero().flatten()[:1].tolist():
         start, stop = offsets[t : t + 2].tolist()
-        raise ValueError(f"{name} must increase (no task may be empty), got {start} then {stop} at task {t}")
+        raise ValueError(f"{name} must {rule}, got {start} then {stop} at task {t}")

@@ -1,0 +1,205 @@
+"""define_op: one way to register a differentiable operator.
+
+The schema lives in Python. The reference is the implementation for every device without a native one, and its vjp is
+the implementation of the backward operator `<name>_backward`, which is an operator too: so C++ may serve either, and
+both have autograd. A missing derivative raises; it never becomes first order in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mtml_fast.ops._library import LIB
+from mtml_fast.ops._route import needs_reference
+
+# every operator by name: what the environment report and the battery walk through
+OPERATORS: dict[str, Operator] = {}
+
+
+class Operator:
+    """A registered operator; calling it routes to the dispatcher, or to the reference where only that is right."""
+
+    def __init__(self, name: str, reference: Callable, arguments: list[tuple[str, str]], differentiable: Sequence[str]):
+        self.name = name
+        self.reference = reference
+        self.arguments = arguments
+        self.differentiable = tuple(differentiable)
+        namespace = torch.ops.mtml_fast
+        self.forward = getattr(namespace, name).default
+        self.backward = getattr(namespace, f"{name}_backward").default
+
+    def __call__(self, *args):
+        if needs_reference():
+            return self.reference(*args)
+        return self.forward(*args)
+
+
+def define_op(
+    name: str,
+    schema: str,
+    reference: Callable,
+    *,
+    fake: Callable,
+    differentiable: Sequence[str],
+    refuse: str | None = None,
+) -> Operator:
+    """Register operator `name` and its backward operator, and return it.
+
+    The backward operator has the schema `(Tensor[] grad_outputs, <arguments>, bool[] needs) -> Tensor[]`: one cotangent
+    for each output tensor; `needs` has one entry for each tensor of the differentiable arguments, in order; the result
+    holds the gradients of exactly those that are needed.
+
+    Args:
+        schema: `(Tensor x, Tensor[] params, float? clip) -> Tensor`, all arguments positional, no defaults.
+        reference: pure PyTorch with the schema's arguments, differentiable to any order.
+        fake: the outputs' shapes and dtypes, with the schema's arguments.
+        differentiable: names of the arguments with a gradient.
+        refuse: why the backward operator has no derivative of its own; `None` where the reference gives it, to any
+            order.
+    """
+    arguments = [tuple(argument.split(" ")) for argument in re.match(r"\((.*)\) -> ", schema).group(1).split(", ")]
+    inputs = schema[1 : schema.index(") -> ")]
+    LIB.define(f"{name}{schema}")
+    LIB.define(f"{name}_backward(Tensor[] grad_outputs, {inputs}, bool[] needs) -> Tensor[]")
+    operator = Operator(name, reference, arguments, differentiable)
+    places = [i for i, (_, argument) in enumerate(arguments) if argument in differentiable]
+
+    def backward_reference(grad_outputs: list[Tensor], *inputs_and_needs) -> list[Tensor]:
+        *inputs, needs = inputs_and_needs
+        flat = _tensors(inputs, places)
+        wanted = [i for i, needed in enumerate(needs) if needed]
+
+        def forward(*values):
+            replaced = list(flat)
+            for i, value in zip(wanted, values, strict=True):
+                replaced[i] = value
+            return tuple(_flat(reference(*_with_tensors(inputs, places, replaced))))
+
+        _, pullback = torch.func.vjp(forward, *(flat[i] for i in wanted))
+        return list(pullback(tuple(grad_outputs)))
+
+    LIB.impl(name, _fresh(reference), "CompositeExplicitAutograd")
+    LIB.impl(f"{name}_backward", _fresh(backward_reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mtml_fast::{name}", fake, lib=LIB)
+
+    def fake_backward(grad_outputs, *inputs_and_needs):
+        *inputs, needs = inputs_and_needs
+        return [t.new_empty(t.shape) for t, needed in zip(_tensors(inputs, places), needs, strict=True) if needed]
+
+    torch.library.register_fake(f"mtml_fast::{name}_backward", fake_backward, lib=LIB)
+
+    def backward(ctx, *grads):
+        inputs = _restore(ctx)
+        needs = _flat([ctx.needs_input_grad[i] for i in places if inputs[i] is not None])
+        for (_, argument), needed in zip(arguments, ctx.needs_input_grad, strict=True):
+            if argument not in differentiable and any(_flat([needed])):
+                raise RuntimeError(f"{name}: there is no derivative for {argument}; detach it")
+        results = iter(operator.backward(_flat(grads), *inputs, needs))
+        return _like_inputs(inputs, ctx.needs_input_grad, results)
+
+    def double_backward(ctx, *grads):
+        if refuse is not None:
+            raise RuntimeError(f"{name}: {refuse}")
+        grad_outputs, *inputs, needs = _restore(ctx)
+        everything = [grad_outputs, *inputs]
+        positions = [0, *(i + 1 for i in places)]
+        flat = _tensors(everything, positions)
+        wanted = [i for i, needed in enumerate(_flat([ctx.needs_input_grad[i] for i in positions])) if needed]
+
+        def first(*values):
+            replaced = list(flat)
+            for i, value in zip(wanted, values, strict=True):
+                replaced[i] = value
+            return tuple(backward_reference(*_with_tensors(everything, positions, replaced), needs))
+
+        _, pullback = torch.func.vjp(first, *(flat[i] for i in wanted))
+        results = iter(pullback(tuple(_flat(grads))))
+        return _like_inputs([*everything, needs], ctx.needs_input_grad, results)
+
+    for target, formula in ((name, backward), (f"{name}_backward", double_backward)):
+        torch.library.register_autograd(f"mtml_fast::{target}", formula, setup_context=_save, lib=LIB)
+    OPERATORS[name] = operator
+    return operator
+
+
+def _flat(values) -> list:
+    """Tensors (or flags) of a tensor, a tuple, or a sequence with lists inside."""
+    if not isinstance(values, (list, tuple)):
+        return [values]
+    return [leaf for value in values for leaf in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _tensors(inputs: Sequence, places: Sequence[int]) -> list[Tensor]:
+    """The tensors at the given places of the argument list, optional ones left out where absent."""
+    return [t for t in _flat([inputs[i] for i in places]) if t is not None]
+
+
+def _with_tensors(inputs: Sequence, places: Sequence[int], flat: Sequence[Tensor]) -> list:
+    """The argument list with the tensors at the given places replaced."""
+    values, flat = list(inputs), iter(flat)
+    for i in places:
+        if isinstance(values[i], (list, tuple)):
+            values[i] = [next(flat) for _ in values[i]]
+        elif values[i] is not None:
+            values[i] = next(flat)
+    return values
+
+
+def _like_inputs(inputs: Sequence, needs: Sequence, results) -> tuple:
+    """Gradients in the structure of the inputs, `None` where not needed."""
+    grads = []
+    for value, needed in zip(inputs, needs, strict=True):
+        if isinstance(value, (list, tuple)) and (not value or isinstance(value[0], Tensor)):
+            grads.append([next(results) if n else None for n in needed])
+        else:
+            grads.append(next(results) if needed is True else None)
+    return tuple(grads)
+
+
+def _save(ctx, inputs, output) -> None:
+    tensors, skeleton = [], []
+    for value in inputs:
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
+        if isinstance(value, Tensor) or is_list:
+            skeleton.append(("tensors", len(tensors), len(value) if is_list else None))
+            tensors.extend(value if is_list else [value])
+        else:
+            skeleton.append(("value", value, None))
+    ctx.save_for_backward(*tensors)
+    ctx.skeleton = skeleton
+
+
+def _restore(ctx) -> list:
+    tensors = list(ctx.saved_tensors)
+    values = []
+    for kind, value, length in ctx.skeleton:
+        if kind == "value":
+            values.append(value)
+        else:
+            values.append(tensors[value] if length is None else tensors[value : value + length])
+    return values
+
+
+def _fresh(function: Callable) -> Callable:
+    """An operator's results own their memory and are contiguous: a reference may hand on an input or a view of it."""
+
+    def kernel(*args):
+        taken = {t.untyped_storage().data_ptr() for t in _flat(args) if isinstance(t, Tensor)}
+
+        def own(t: Tensor) -> Tensor:
+            t = t.contiguous()
+            if t.numel() and t.untyped_storage().data_ptr() in taken:
+                t = t.clone()
+            taken.add(t.untyped_storage().data_ptr())
+            return t
+
+        results = function(*args)
+        if isinstance(results, Tensor):
+            return own(results)
+        return type(results)(own(t) for t in results)
+
+    return kernel

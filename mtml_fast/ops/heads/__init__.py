@@ -1,0 +1,106 @@
+"""heads: a linear layer, or one with a hidden layer before it, of its own for every task, over ragged packed rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtml_fast.ops import _check
+from mtml_fast.ops._define import define_op
+from mtml_fast.ops.heads import reference
+
+
+def _fake(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation):
+    if out_offsets is None:
+        return x.new_empty(x.shape[0] * (weight.shape[0] // max(offsets.shape[0] - 1, 1)))
+    # how many outputs there are depends on the values of both offsets
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+OPERATOR = define_op(
+    "heads",
+    "(Tensor x, Tensor offsets, Tensor weight, Tensor? bias, Tensor? out_offsets, Tensor? hidden_weight, "
+    "Tensor? hidden_bias, str activation) -> Tensor",
+    reference.heads,
+    fake=_fake,
+    differentiable=("x", "weight", "bias", "hidden_weight", "hidden_bias"),
+)
+
+
+def heads(
+    x: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_offsets: Tensor | None = None,
+    *,
+    hidden_weight: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    r"""Every task's rows through the task's own head.
+
+    .. math::
+        z_t = h_t W_t^\top + b_t, \qquad h_t = x_t \ \text{ or } \ \sigma(x_t V_t^\top + c_t)
+
+    Args:
+        x: rows packed by task, `[R, D]`, float32 or float64.
+        offsets: int64 `[T + 1]`, from 0 to R: task t owns the rows `offsets[t]:offsets[t + 1]`; a task may have none.
+        weight: the weights W of all tasks, one below the other, `[sum of C_t, D]` (`[sum of C_t, H]` behind a hidden
+            layer).
+        bias: b, `[sum of C_t]`.
+        out_offsets: int64 `[T + 1]`: task t owns the rows `out_offsets[t]:out_offsets[t + 1]` of `weight`; `None`
+            where all tasks have equally many outputs.
+        hidden_weight: V, `[T, H, D]`.
+        hidden_bias: c, `[T, H]`.
+        activation: relu, tanh, gelu, gelu_tanh, silu, elu, leaky_relu, sigmoid, softplus or identity.
+
+    Returns:
+        Task after task its outputs `[R_t, C_t]`, flattened to `[sum of R_t * C_t]`: for equal widths
+        `.view(R, C)` gives one row an input row.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Derivatives: any order for x, weight, bias, hidden_weight and hidden_bias.
+
+    Example:
+        >>> import torch
+        >>> x, offsets = torch.eye(3), torch.tensor([0, 1, 3])
+        >>> weight = torch.tensor([[1.0, 2, 3], [10, 20, 30]])
+        >>> heads(x, offsets, weight).view(3, 1).tolist()
+        [[1.0], [20.0], [30.0]]
+    """
+    return OPERATOR(*checked(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation))
+
+
+def checked(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation) -> tuple:
+    """The arguments of a batch of heads, checked."""
+    _check.floating("x", x)
+    _check.shape("x", x, ("R", None), ("D", None))
+    _check.offsets("offsets", offsets, x, empty_tasks=True)
+    tasks, features = offsets.numel() - 1, x.shape[1]
+    _check.choice("activation", activation, tuple(reference.ACTIVATIONS))
+    if hidden_weight is not None:
+        _check.floating("hidden_weight", hidden_weight, like=x, like_name="x")
+        _check.shape("hidden_weight", hidden_weight, ("T", tasks), ("H", None), ("D", features))
+        features = hidden_weight.shape[1]
+    if hidden_bias is not None:
+        if hidden_weight is None:
+            raise ValueError(f"hidden_bias must be None without hidden_weight, got shape {list(hidden_bias.shape)}")
+        _check.floating("hidden_bias", hidden_bias, like=x, like_name="x")
+        _check.shape("hidden_bias", hidden_bias, ("T", tasks), ("H", features))
+    _check.floating("weight", weight, like=x, like_name="x")
+    _check.shape("weight", weight, ("sum of C_t", None), ("D" if hidden_weight is None else "H", features))
+    if out_offsets is not None:
+        _check.offsets("out_offsets", out_offsets, weight)
+        _check.shape("out_offsets", out_offsets, ("T + 1", tasks + 1))
+    elif tasks and weight.shape[0] % tasks:
+        raise ValueError(
+            f"weight must have equally many rows for each of the {tasks} tasks (or out_offsets must be given), "
+            f"got {weight.shape[0]}"
+        )
+    if bias is not None:
+        _check.floating("bias", bias, like=x, like_name="x")
+        _check.shape("bias", bias, ("sum of C_t", weight.shape[0]))
+    return x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation
