@@ -1,0 +1,3 @@
+"""Episodes: tasks as a pure function of (seed, step)."""
+
+from mtml_fast.data.sinusoid import Sinusoid as Sinusoid

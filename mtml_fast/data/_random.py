@@ -1,0 +1,129 @@
+"""Counter-based random numbers: a pure function of (seed, step, task, draw), for all tasks of a step at once.
+
+A tree of SplitMix64 generators (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): the
+seed's generator gives one key a step, the step's one key a task, the task's one value a draw. Nothing is carried from
+call to call, so a step can be drawn alone, in slices, or on many machines, and no global generator is touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+__all__ = ["VERSION", "Draws", "generator"]
+
+# part of every fingerprint: a change of the numbers below must not pass for the same episodes
+VERSION = 1
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+class Draws:
+    """The random numbers of tasks `first_task .. first_task + num_tasks - 1` of one step, taken call after call.
+
+    Every method returns arrays `[T, ...]`; row t depends on (seed, step, first_task + t) and the calls made before.
+
+    Example:
+        >>> whole, part = Draws(0, 7, 0, 5), Draws(0, 7, 3, 2)
+        >>> bool((whole.uniform(4)[3:] == part.uniform(4)).all())
+        True
+    """
+
+    def __init__(self, seed: int, step: int, first_task: int, num_tasks: int):
+        self.first_task, self.num_tasks = first_task, num_tasks
+        self._step_key = _mix_int(_mix_int(seed + _GOLDEN) + (step + 1) * _GOLDEN)
+        self._task_keys = _stream(np.uint64(self._step_key), first_task, num_tasks)  # [T]
+        self._used = 0
+
+    def bits(self, *shape: int) -> np.ndarray:
+        """64 random bits each, uint64 `[T, *shape]`."""
+        count = math.prod(shape)
+        values = _stream(self._task_keys[:, None], self._used, count)  # [T, count]
+        self._used += count
+        return values.reshape(self.num_tasks, *shape)
+
+    def uniform(self, *shape: int) -> np.ndarray:
+        """Uniform in [0, 1), float64 `[T, *shape]`, with 53 random bits."""
+        return _unit(self.bits(*shape))
+
+    def integers(self, bound, *shape: int) -> np.ndarray:
+        """Uniform in 0 .. bound - 1, int64 `[T, *shape]`; `bound` is an int or an array that broadcasts to it."""
+        return _below(self.bits(*shape), bound)
+
+    def distinct(self, bound, count: int, *shape: int) -> np.ndarray:
+        """`count` different integers of 0 .. bound - 1 in random order, int64 `[T, *shape, count]`.
+
+        `bound` is an int or an array `[T, *shape]` with entries >= count. The work grows with `count`, not `bound`
+        (Floyd's algorithm: Bentley and Floyd, "A sample of brilliance", 1987).
+        """
+        last = np.asarray(bound, np.int64)[..., None] - count + np.arange(count)  # [..., count]
+        picks = self.integers(last + 1, *shape, count)
+        last = np.broadcast_to(last, picks.shape)
+        for i in range(1, count):
+            taken = (picks[..., :i] == picks[..., i : i + 1]).any(-1)
+            np.copyto(picks[..., i], last[..., i], where=taken)
+        # floyd's set is uniform, its order is not
+        return np.take_along_axis(picks, self.bits(*shape, count).argsort(-1), -1)
+
+    def shuffled_tasks(self, bound: int) -> np.ndarray:
+        """Places of the tasks in a random permutation of 0 .. bound - 1 that the whole step shares, int64 `[T]`.
+
+        Tasks 0 .. bound - 1 of a step are all different, the next `bound` tasks again. The first occurrences in a
+        sequence of independent draws are a uniform sample without replacement, and a longer one only adds to it.
+        """
+        stop = self.first_task + self.num_tasks
+        rounds = range(self.first_task // bound, (stop - 1) // bound + 1)
+        order = [self._permutation(bound, r, min(bound, stop - r * bound)) for r in rounds]
+        start = self.first_task - rounds[0] * bound
+        return np.concatenate(order)[start : start + self.num_tasks]
+
+    def _permutation(self, bound: int, round_: int, count: int) -> np.ndarray:
+        # the complement keeps these keys apart from the keys of the tasks
+        key = np.uint64(_mix_int((self._step_key ^ _WORD) + (round_ + 1) * _GOLDEN))
+        length = 2 * count
+        while True:
+            values = _below(_stream(key, 0, length), bound)
+            first = np.sort(np.unique(values, return_index=True)[1])
+            if len(first) >= count:
+                return values[first[:count]]
+            length *= 2
+
+
+def generator(seed: int) -> Draws:
+    """The draws of one lone task, for what is drawn once: a random split of the classes."""
+    return Draws(seed, 0, 0, 1)
+
+
+def _stream(key, start: int, count: int) -> np.ndarray:
+    """Values start .. start + count - 1 of the SplitMix64 generators with the states `key`."""
+    counters = np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    return _mix(key + counters)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(_FIRST)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(_SECOND)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def _mix_int(z: int) -> int:
+    """`_mix` of one word; NumPy would warn where a scalar overflows."""
+    z &= _WORD
+    z = (z ^ (z >> 30)) * _FIRST & _WORD
+    z = (z ^ (z >> 27)) * _SECOND & _WORD
+    return z ^ (z >> 31)
+
+
+def _unit(bits: np.ndarray) -> np.ndarray:
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _below(bits: np.ndarray, bound) -> np.ndarray:
+    # rounding never reaches the bound, and the bias is below bound / 2^53
+    return (_unit(bits) * bound).astype(np.int64)
