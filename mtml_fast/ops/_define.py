@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.ops._library import LIB
-from mtml_fast.ops._route import needs_reference
+from mtml_fast.ops._route import needs_reference, ordinary_dispatch
 
 # every operator by name: what the environment report and the battery walk through
 OPERATORS: dict[str, Operator] = {}
@@ -82,8 +82,8 @@ def define_op(
         _, pullback = torch.func.vjp(forward, *(flat[i] for i in wanted))
         return list(pullback(tuple(grad_outputs)))
 
-    LIB.impl(name, _fresh(reference), "CompositeExplicitAutograd")
-    LIB.impl(f"{name}_backward", _fresh(backward_reference), "CompositeExplicitAutograd")
+    LIB.impl(name, _kernel(reference), "CompositeExplicitAutograd")
+    LIB.impl(f"{name}_backward", _kernel(backward_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mtml_fast::{name}", fake, lib=LIB)
 
     def fake_backward(grad_outputs, *inputs_and_needs):
@@ -184,8 +184,8 @@ def _restore(ctx) -> list:
     return values
 
 
-def _fresh(function: Callable) -> Callable:
-    """An operator's results own their memory and are contiguous: a reference may hand on an input or a view of it."""
+def _kernel(function: Callable) -> Callable:
+    """A reference as an implementation: its results own their memory and are contiguous, not inputs or views."""
 
     def kernel(*args):
         taken = {t.untyped_storage().data_ptr() for t in _flat(args) if isinstance(t, Tensor)}
@@ -197,9 +197,8 @@ def _fresh(function: Callable) -> Callable:
             taken.add(t.untyped_storage().data_ptr())
             return t
 
-        results = function(*args)
-        if isinstance(results, Tensor):
-            return own(results)
-        return type(results)(own(t) for t in results)
+        with ordinary_dispatch():
+            results = function(*args)
+            return own(results) if isinstance(results, Tensor) else type(results)(map(own, results))
 
     return kernel

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 from torch.autograd import forward_ad
 
-_backend: ContextVar[str] = ContextVar("mtml_fast_backend", default="auto")
+# a plain global: torch.compile guards on it, and cannot trace a ContextVar
+_backend = "auto"
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Choose who serves the operators inside a `with` block: "auto" (the fastest there is) or "reference".
+
+    The choice holds for the whole process, in all threads.
 
     Raises:
         ValueError: for another name.
@@ -31,21 +33,37 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in ("auto", "reference"):
         raise ValueError(f"name must be 'auto' or 'reference', got {name!r}")
-    token = _backend.set(name)
+    global _backend
+    before, _backend = _backend, name
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = before
 
 
 def needs_reference() -> bool:
     """Whether the present call must be served by the reference."""
-    return _backend.get() == "reference" or in_transform()
+    return _backend == "reference" or in_transform()
 
 
 def in_transform() -> bool:
     """Whether a functorch transform (grad, vmap, jvp, ...) or forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# the dispatch state of an ordinary call
+_INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+@contextlib.contextmanager
+def ordinary_dispatch() -> Iterator[None]:
+    """Run a reference inside an operator as if it were called from outside, with nothing recorded.
+
+    A kernel runs with autograd and, under a TorchDispatchMode, with functorch switched off; a reference takes
+    gradients and needs both.
+    """
+    with torch._C._ForceDispatchKeyGuard(_INCLUDED, _EXCLUDED), torch.no_grad():
+        yield
 
 
 def has_kernel(name: str, key: str) -> bool:

@@ -16,7 +16,7 @@ from mtml_fast.ops.mlp_adapt import reference
 
 
 def _fake(params, lr, support_x, support_y, query_x, query_y, support_offsets, query_offsets, class_mask, *options):
-    adapted, steps, _, _, bias, norm, *_, every_step, return_parameters = options
+    _, steps, _, _, bias, norm, *_, every_step, return_parameters = options
     tasks = support_x.shape[0] if support_offsets is None else support_offsets.shape[0] - 1
     saved = steps + 1 if every_step else 1
     weights = params[:: 1 + bias + 2 * norm]
