@@ -1,0 +1,15 @@
+// The whole core, compiled for the set that the including file names by MTML_ISA and MTML_VECTOR_BYTES.
+#include "core/sgd_step.h"
+
+#define MTML_STRING_(text) #text
+#define MTML_STRING(text) MTML_STRING_(text)
+
+namespace mtml::MTML_ISA {
+
+const Kernels kernels = {
+    MTML_STRING(MTML_ISA),
+    {sgd_step<float>, sgd_step_backward<float>, sgd_step_shared_rate_backward<float>},
+    {sgd_step<double>, sgd_step_backward<double>, sgd_step_shared_rate_backward<double>},
+};
+
+}  // namespace mtml::MTML_ISA
