@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-__all__ = ["VERSION", "Draws", "generator"]
+__all__ = ["VERSION", "Draws"]
 
 # part of every fingerprint: a change of the numbers below must not pass for the same episodes
 VERSION = 1
@@ -68,20 +68,20 @@ class Draws:
         # floyd's set is uniform, its order is not
         return np.take_along_axis(picks, self.bits(*shape, count).argsort(-1), -1)
 
-    def shuffled_tasks(self, bound: int) -> np.ndarray:
-        """Places of the tasks in a random permutation of 0 .. bound - 1 that the whole step shares, int64 `[T]`.
+    def permuted(self, bound: int) -> np.ndarray:
+        """The tasks' entries of a random permutation of 0 .. bound - 1 that the whole step shares, int64 `[T]`.
 
-        Tasks 0 .. bound - 1 of a step are all different, the next `bound` tasks again. The first occurrences in a
-        sequence of independent draws are a uniform sample without replacement, and a longer one only adds to it.
+        Tasks 0 .. bound - 1 of a step get different entries, the next `bound` tasks those of a new permutation.
         """
         stop = self.first_task + self.num_tasks
         rounds = range(self.first_task // bound, (stop - 1) // bound + 1)
-        order = [self._permutation(bound, r, min(bound, stop - r * bound)) for r in rounds]
+        entries = [self._permutation(bound, r, min(bound, stop - r * bound)) for r in rounds]
         start = self.first_task - rounds[0] * bound
-        return np.concatenate(order)[start : start + self.num_tasks]
+        return np.concatenate(entries)[start : start + self.num_tasks]
 
     def _permutation(self, bound: int, round_: int, count: int) -> np.ndarray:
-        # the complement keeps these keys apart from the keys of the tasks
+        # the first occurrences in a sequence of independent draws are a permutation, and a longer sequence only adds
+        # to it: the work grows with count, not bound. The complement keeps the key apart from those of the tasks
         key = np.uint64(_mix_int((self._step_key ^ _WORD) + (round_ + 1) * _GOLDEN))
         length = 2 * count
         while True:
@@ -90,11 +90,6 @@ class Draws:
             if len(first) >= count:
                 return values[first[:count]]
             length *= 2
-
-
-def generator(seed: int) -> Draws:
-    """The draws of one lone task, for what is drawn once: a random split of the classes."""
-    return Draws(seed, 0, 0, 1)
 
 
 def _stream(key, start: int, count: int) -> np.ndarray:

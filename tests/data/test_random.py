@@ -39,7 +39,7 @@ def test_slices_equal_the_whole():
         lambda draws: draws.integers(17, 2, 2),
         lambda draws: draws.distinct(50, 4),
         lambda draws: draws.distinct(6, 6, 3),
-        lambda draws: draws.shuffled_tasks(40),
+        lambda draws: draws.permuted(40),
     )
     for call in calls:
         assert np.array_equal(call(whole), np.concatenate([call(part) for part in parts]))
@@ -112,14 +112,14 @@ def test_distinct_of_many_and_of_ragged_bounds():
 
 
 @pytest.mark.parametrize("bound", [1, 5, 64])
-def test_shuffled_tasks_runs_through_all_before_it_repeats(bound):
-    order = Draws(0, 3, 0, 3 * bound).shuffled_tasks(bound).reshape(3, bound)
+def test_permuted_runs_through_all_before_it_repeats(bound):
+    order = Draws(0, 3, 0, 3 * bound).permuted(bound).reshape(3, bound)
     assert (np.sort(order, -1) == np.arange(bound)).all()
-    first = Draws(0, 3, 0, 1).shuffled_tasks(bound)
+    first = Draws(0, 3, 0, 1).permuted(bound)
     assert first == order[0, 0]
 
 
-def test_shuffled_tasks_is_uniform_over_permutations():
+def test_permuted_is_uniform_over_permutations():
     codes = {p: i for i, p in enumerate(itertools.permutations(range(3)))}
-    orders = [tuple(Draws(0, step, 0, 3).shuffled_tasks(3).tolist()) for step in range(6000)]
+    orders = [tuple(Draws(0, step, 0, 3).permuted(3).tolist()) for step in range(6000)]
     assert abs(chi_square(np.bincount([codes[order] for order in orders], minlength=6))) < 4
