@@ -1,4 +1,4 @@
-"""Omniglot's files: find or download an archive, decode it once to 28x28, keep the result in the user's cache folder."""
+"""Omniglot's files: find or download an archive, decode it once to 28x28, keep the result in a cache folder."""
 
 from __future__ import annotations
 
