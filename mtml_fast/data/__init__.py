@@ -1,4 +1,7 @@
 """Episodes: tasks as a pure function of (seed, step)."""
 
+from mtml_fast.data.digits import Digits as Digits
 from mtml_fast.data.omniglot import Omniglot as Omniglot
 from mtml_fast.data.sinusoid import Sinusoid as Sinusoid
+from mtml_fast.data.tensors import TensorClasses as TensorClasses
+from mtml_fast.data.tensors import TensorTasks as TensorTasks

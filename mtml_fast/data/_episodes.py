@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -73,9 +74,10 @@ class ClassEpisodes(Episodes):
         pool: rows of all classes, `[variants * R, ...]`: the rows of class 0, of class 1, ...; then the same rows in
             the same order in their second variant (a rotation), ...
         counts: rows of each class, `[C]`, summing to R.
+        classes: names of the classes, `[C]`.
         variants: how many variants of every class the pool holds. Each is a class of its own, but an episode never
             holds two of the same class.
-        scale: factor on the rows, for pools that are stored as integers.
+        scale: for pictures stored as integers: their rows become `dtype`, times this factor.
     """
 
     loss = "cross_entropy"
@@ -84,6 +86,7 @@ class ClassEpisodes(Episodes):
         self,
         pool: Tensor,
         counts: np.ndarray,
+        classes: Sequence,
         *,
         ways: int,
         shots: int,
@@ -101,26 +104,22 @@ class ClassEpisodes(Episodes):
         super().__init__(seed=seed, device=device, dtype=dtype, **settings)
         if ways > len(counts):
             raise ValueError(f"ways must be at most the number of classes, {len(counts)}, got {ways}")
-        smallest = int(counts.argmin())
-        if shots + query_shots > counts[smallest]:
+        least = int(counts.argmin())
+        if shots + query_shots > counts[least]:
             raise ValueError(
-                f"shots + query_shots must be at most the rows of every class ({counts[smallest]} in class {smallest}),"
-                f" got {shots} + {query_shots}"
+                f"shots + query_shots must be at most the rows of every class, {counts[least]} in class "
+                f"{classes[least]!r}, got {shots} + {query_shots}"
             )
         self._pool = pool.to(self._device)
         self._counts, self._starts = counts, np.cumsum(counts) - counts
         self._variants, self._scale = variants, scale
         self._shots, self._query_shots = shots, query_shots
+        self.classes = tuple(classes)
         self.outputs = ways
         self.input_shape = tuple(pool.shape[1:])
 
-    @property
-    def num_classes(self) -> int:
-        """Classes in the pool, rotated ones included."""
-        return self._variants * len(self._counts)
-
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, classes={self.num_classes})"
+        return f"{super().__repr__()[:-1]}, classes={len(self.classes)})"
 
     def _sample(self, draws: Draws) -> TaskBatch:
         ways, shots, query_shots = self.outputs, self._shots, self._query_shots
@@ -135,9 +134,9 @@ class ClassEpisodes(Episodes):
     def _rows(self, rows: np.ndarray) -> TaskRows:
         tasks, ways, shots = rows.shape
         rows = torch.from_numpy(rows.reshape(-1)).to(self._device)
-        x = self._pool.index_select(0, rows).to(self._dtype)
+        x = self._pool.index_select(0, rows)
         if self._scale is not None:
-            x *= self._scale
+            x = x.to(self._dtype).mul_(self._scale)
         labels = torch.arange(ways, device=self._device).repeat_interleave(shots)
         return TaskRows(x.view(tasks, ways * shots, *self.input_shape), labels.repeat(tasks, 1))
 

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-__all__ = ["VERSION", "Draws"]
+__all__ = ["VERSION", "Draws", "places"]
 
 # part of every fingerprint: a change of the numbers below must not pass for the same episodes
 VERSION = 1
@@ -68,6 +68,15 @@ class Draws:
         # floyd's set is uniform, its order is not
         return np.take_along_axis(picks, self.bits(*shape, count).argsort(-1), -1)
 
+    def shuffled(self, counts: np.ndarray) -> np.ndarray:
+        """For each task the integers 0 .. counts[t] - 1 in random order, packed one task after the other, int64."""
+        tasks = np.repeat(np.arange(self.num_tasks), counts)
+        place = places(counts)
+        # a generator of its own for each task, so that its next draw does not depend on the counts
+        keys = self.bits(1)[tasks, 0]
+        bits = _mix(keys + (place + 1).astype(np.uint64) * np.uint64(_GOLDEN))
+        return place[np.lexsort((bits, tasks))]
+
     def permuted(self, bound: int) -> np.ndarray:
         """The tasks' entries of a random permutation of 0 .. bound - 1 that the whole step shares, int64 `[T]`.
 
@@ -90,6 +99,12 @@ class Draws:
             if len(first) >= count:
                 return values[first[:count]]
             length *= 2
+
+
+def places(counts: np.ndarray) -> np.ndarray:
+    """For each task the integers 0 .. counts[t] - 1, packed one task after the other."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(starts, counts)
 
 
 def _stream(key, start: int, count: int) -> np.ndarray:

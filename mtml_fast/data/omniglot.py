@@ -94,6 +94,7 @@ class Omniglot(ClassEpisodes):
         super().__init__(
             torch.from_numpy(pool).view(-1, *([SIDE * SIDE] if flatten else [1, SIDE, SIDE])),
             counts,
+            characters,
             variants=turns,
             scale=1 / 255,
             ways=ways,
@@ -108,7 +109,6 @@ class Omniglot(ClassEpisodes):
             flatten=bool(flatten),
             images=f"{zlib.crc32(images):08x}",
         )
-        self.characters = tuple(characters)
 
 
 def _maml_split(split: str, characters: int, seed: int) -> np.ndarray:

@@ -63,7 +63,6 @@ def test_rotations_turn_by_90_degrees_and_never_pair_a_character_with_itself(tmp
     drawings = torch.cat([plain.support.x, plain.query.x], 1)[0, :, 0]
     owner = torch.cat([plain.support.y, plain.query.y], 1)[0]
     turned = small(tmp_path, ways=6, flatten=False, rotations=True)
-    assert turned.num_classes == 24
     batch = turned.sample(30)
     seen = set()
     for task in range(30):
@@ -91,7 +90,7 @@ def test_zip_and_folder_in_root_or_below_give_the_same(tmp_path, write_archive):
         archive.extractall(roots[2])
     sets = [small(root, seed=3) for root in roots]
     assert len({tasks.fingerprint for tasks in sets}) == 1
-    assert len({tasks.characters for tasks in sets}) == 1
+    assert len({tasks.classes for tasks in sets}) == 1
     for tasks in sets[1:]:
         assert torch.equal(tasks.sample(9).query.x, sets[0].sample(9).query.x)
 
@@ -259,17 +258,16 @@ def test_dtype_is_an_option(tmp_path, write_archive):
 
 def test_splits_have_the_stated_sizes_and_are_disjoint(real_data):
     splits = {split: Omniglot(real_data, split) for split in ("train", "validation", "test")}
-    sizes = {split: len(tasks.characters) for split, tasks in splits.items()}
+    sizes = {split: len(tasks.classes) for split, tasks in splits.items()}
     assert sizes == {"train": 1100, "validation": 100, "test": 423}
-    assert [tasks.num_classes for tasks in splits.values()] == [4400, 400, 1692]
-    together = [character for tasks in splits.values() for character in tasks.characters]
+    together = [character for tasks in splits.values() for character in tasks.classes]
     assert len(set(together)) == 1623
-    lake = [Omniglot(real_data, split, rotations=False).characters for split in ("background", "evaluation")]
+    lake = [Omniglot(real_data, split, rotations=False).classes for split in ("background", "evaluation")]
     assert [len(characters) for characters in lake] == [964, 659]
     assert set(lake[0]) | set(lake[1]) == set(together)
     assert len({c.split("/")[0] for c in lake[0]} & {c.split("/")[0] for c in lake[1]}) == 0
     other = Omniglot(real_data, "train", split_seed=1)
-    assert other.characters != splits["train"].characters
+    assert other.classes != splits["train"].classes
     assert other.fingerprint != splits["train"].fingerprint
 
 
