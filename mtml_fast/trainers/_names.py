@@ -131,18 +131,18 @@ def task_losses(function, outputs: Sequence[Tensor], targets: Sequence[Tensor]) 
     """
     if function not in LOSSES.values():
         return torch.stack([function(o, t) for o, t in zip(outputs, targets, strict=True)])
-    losses = [None] * len(outputs)
     alike = {}
     for i, (o, t) in enumerate(zip(outputs, targets, strict=True)):
         alike.setdefault((o.shape[1:], t.shape[1:], t.dtype), []).append(i)
+    means = []
     for entries in alike.values():
         rows = function(
             torch.cat([outputs[i] for i in entries]), torch.cat([targets[i] for i in entries]), reduction="none"
         )
+        rows = rows.reshape(rows.shape[0], -1).mean(1)
         counts = torch.tensor([outputs[i].shape[0] for i in entries], device=rows.device)
         entry = torch.arange(len(entries), device=rows.device).repeat_interleave(counts)
-        rows = rows.reshape(rows.shape[0], -1).mean(1)
-        means = rows.new_zeros(len(entries)).index_add(0, entry, rows) / counts
-        for i, mean in zip(entries, means.unbind(), strict=True):
-            losses[i] = mean
-    return torch.stack(losses)
+        means.append(rows.new_zeros(len(entries)).index_add(0, entry, rows) / counts)
+    # from the order of the groups back to the order of the entries
+    place = torch.tensor([i for entries in alike.values() for i in entries]).argsort()
+    return torch.cat(means)[place.to(means[0].device)]

@@ -1,0 +1,203 @@
+"""TaskStack: the user's own modules, one a task, with stacked parameters; modules of one structure run as one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import types
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+__all__ = ["TaskStack", "reset_parameters", "run_stacked"]
+
+
+class TaskStack(nn.Module):
+    """T modules as a few: those of equal structure share one module whose parameters and buffers are `[T_g, ...]`.
+
+    Inputs of one shape for tasks of one structure run in one `torch.func.vmap`: 500 modules cost a few calls, not 500.
+    Each task keeps its own batch statistics and draws its own dropout. A module that vmap cannot take (one that reads a
+    value in its forward, say) runs task by task, with a warning.
+
+    Args:
+        modules: one a task; their values are copied. Two modules are of equal structure where their classes, the shapes
+            of their parameters and buffers, and their other attributes (numbers, strings, functions, dataclasses, and
+            lists of these) agree.
+
+    Example:
+        >>> stack = TaskStack([nn.Linear(3, 2) for _ in range(5)])
+        >>> {name: list(p.shape) for name, p in stack.named_parameters()}
+        {'groups.0.weight': [5, 2, 3], 'groups.0.bias': [5, 2]}
+        >>> [list(y.shape) for y in stack([torch.zeros(4, 3), torch.zeros(7, 3)], tasks=[0, 3])]
+        [[4, 2], [7, 2]]
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
+        members = {}
+        for t, module in enumerate(modules):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules[{t}] must be an nn.Module, got {type(module).__name__}")
+            members.setdefault(_structure(module), []).append(t)
+        self.members = list(members.values())
+        self.groups = nn.ModuleList(_stacked([modules[t] for t in tasks]) for tasks in self.members)
+        # task -> its group and its place there
+        self._place = {t: (g, i) for g, tasks in enumerate(self.members) for i, t in enumerate(tasks)}
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self._place)
+
+    def forward(self, inputs: Sequence[Tensor], tasks: Sequence[int] | None = None) -> list[Tensor]:
+        """One output an input: `inputs[i]` through the module of task `tasks[i]` (of task i without `tasks`)."""
+        tasks = range(self.num_tasks) if tasks is None else tasks
+        if len(inputs) != len(tasks):
+            raise ValueError(f"inputs must be {len(tasks)} tensors, one an entry of tasks, got {len(inputs)}")
+        calls, seen = {}, {}
+        for i, t in enumerate(tasks):
+            # a task that comes twice runs twice, one after the other: its batch statistics move twice
+            seen[t] = seen.get(t, -1) + 1
+            calls.setdefault((seen[t], self._place[t][0], inputs[i].shape, inputs[i].dtype), []).append(i)
+        outputs = [None] * len(inputs)
+        for (_, g, *_), entries in sorted(calls.items(), key=lambda call: call[0][0]):
+            slots = [self._place[tasks[i]][1] for i in entries]
+            results = self._run(g, slots, torch.stack([inputs[i] for i in entries]))
+            for i, result in zip(entries, results.unbind(), strict=True):
+                outputs[i] = result
+        return outputs
+
+    def _run(self, g: int, slots: list[int], x: Tensor) -> Tensor:
+        """The modules in the given slots of group g on `x [E, ...]`."""
+        group = self.groups[g]
+        state = dict(group.named_parameters()) | dict(group.named_buffers())
+        index = torch.tensor(slots, device=x.device)
+        every = slots == list(range(len(self.members[g])))
+        selected = state if every else {name: value[index] for name, value in state.items()}
+        outputs, buffers = run_stacked(group, selected, x)
+        with torch.no_grad():
+            for name, value in buffers.items():
+                state[name][index] = value
+        return outputs
+
+    def head(self, t: int) -> nn.Module:
+        """A copy of task t's module as an ordinary module."""
+        if not 0 <= t < self.num_tasks:
+            raise IndexError(f"t must be a task in 0..{self.num_tasks - 1}, got {t}")
+        g, slot = self._place[t]
+        return _replaced(self.groups[g], lambda _, value: value[slot])
+
+    @torch.no_grad()
+    def load_heads(self, modules: Sequence[nn.Module]) -> None:
+        """Takes the values of T modules of the structures of its own."""
+        if len(modules) != self.num_tasks:
+            raise ValueError(f"modules must be {self.num_tasks} modules, one a task, got {len(modules)}")
+        for t, module in enumerate(modules):
+            g, slot = self._place[t]
+            stacked, own = self.groups[g].state_dict(keep_vars=True), module.state_dict()
+            if {name: value.shape[1:] for name, value in stacked.items()} != {n: v.shape for n, v in own.items()}:
+                raise ValueError(f"modules[{t}] must have the parameters of task {t}'s module, got {list(own)}")
+            for name, value in stacked.items():
+                value[slot] = own[name]
+
+    def owners(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter, and the task that each index of its first axis belongs to."""
+        return [
+            (parameter, torch.tensor(tasks, device=parameter.device))
+            for tasks, group in zip(self.members, self.groups, strict=True)
+            for parameter in group.parameters()
+        ]
+
+
+def run_stacked(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """E modules of one structure, each on its own input.
+
+    Args:
+        module: the structure.
+        state: its parameters and buffers, each `[E, ...]`.
+        x: `[E, ...]`.
+
+    Returns:
+        The outputs `[E, ...]`, and the buffers `[E, ...]` after the call.
+    """
+    buffers = [name for name, _ in module.named_buffers()]
+
+    def one(state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output = functional_call(module, state, (x,))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the task's module must return one tensor, got {type(output).__name__}")
+        return output, {name: state[name] for name in buffers}
+
+    def fresh() -> dict[str, Tensor]:
+        # buffers change in place, and vmap may give up half way
+        return state | {name: state[name].clone() for name in buffers}
+
+    try:
+        return vmap(one, randomness="different")(fresh(), x)
+    except RuntimeError as error:
+        # what the module itself refuses, it refuses here once more, in its own words
+        again = fresh()
+        results = [one({name: value[i] for name, value in again.items()}, x[i]) for i in range(x.shape[0])]
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(
+            f"torch.func.vmap cannot run {type(module).__name__}, one call a task instead: {reason}", stacklevel=2
+        )
+        outputs, buffers_of = zip(*results, strict=True)
+        return torch.stack(outputs), {name: torch.stack([b[name] for b in buffers_of]) for name in buffers}
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """New first values in every layer that has `reset_parameters`; parameters outside of such layers stay."""
+    for layer in module.modules():
+        if callable(getattr(layer, "reset_parameters", None)):
+            layer.reset_parameters()
+
+
+def _stacked(modules: list[nn.Module]) -> nn.Module:
+    """The first module with the parameters and buffers of all, stacked."""
+    states = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in modules]
+    return _replaced(modules[0], lambda name, _: torch.stack([state[name].detach() for state in states]))
+
+
+def _replaced(module: nn.Module, value) -> nn.Module:
+    """A copy of a module with other values, `value(name, old)`, in its parameters and buffers."""
+    old = dict(module.named_parameters()) | dict(module.named_buffers())
+    memo = {}
+    for name, tensor in old.items():
+        new = value(name, tensor.detach()).clone()
+        # as deep copies go: whoever refers to the old tensor (tied layers too) refers to the new one
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return copy.deepcopy(module, memo)
+
+
+def _structure(module: nn.Module) -> tuple:
+    """What two modules must have in common to run as one."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    own = set(vars(nn.Module()))
+    return (
+        tuple((name, value.shape, value.dtype, value.requires_grad) for name, value in tensors),
+        tuple(
+            (name, type(layer), _comparable({k: v for k, v in vars(layer).items() if k not in own or k == "training"}))
+            for name, layer in module.named_modules(remove_duplicate=False)
+        ),
+    )
+
+
+def _comparable(value):
+    """A hashable stand-in, equal for values that make a module behave alike; unknown objects equal only themselves."""
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_comparable(v) for v in value)
+    if isinstance(value, dict):
+        return dict, tuple((_comparable(k), _comparable(v)) for k, v in value.items())
+    if isinstance(value, types.FunctionType):
+        # a function among them goes by identity: it may well be this one
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        cells = [id(cell) if callable(cell) else cell for cell in cells]
+        return value.__code__, _comparable([value.__defaults__, value.__kwdefaults__, cells])
+    if dataclasses.is_dataclass(value):
+        return type(value), _comparable(vars(value))
+    return id(value)
