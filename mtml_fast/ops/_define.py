@@ -23,11 +23,14 @@ OPERATORS: dict[str, Operator] = {}
 class Operator:
     """A registered operator; calling it routes to the dispatcher, or to the reference where only that is right."""
 
-    def __init__(self, name: str, reference: Callable, arguments: list[tuple[str, str]], differentiable: Sequence[str]):
-        self.name = name
-        self.reference = reference
-        self.arguments = arguments
-        self.differentiable = tuple(differentiable)
+    def __init__(self, name, reference, arguments, differentiable, refuse):
+        self.name: str = name
+        self.reference: Callable = reference
+        # (type, name) of each argument
+        self.arguments: list[tuple[str, str]] = arguments
+        self.differentiable: tuple[str, ...] = tuple(differentiable)
+        # why there is no second derivative; None where there is one
+        self.refuse: str | None = refuse
         namespace = torch.ops.mtml_fast
         self.forward = getattr(namespace, name).default
         self.backward = getattr(namespace, f"{name}_backward").default
@@ -65,7 +68,7 @@ def define_op(
     inputs = schema[1 : schema.index(") -> ")]
     LIB.define(f"{name}{schema}")
     LIB.define(f"{name}_backward(Tensor[] grad_outputs, {inputs}, bool[] needs) -> Tensor[]")
-    operator = Operator(name, reference, arguments, differentiable)
+    operator = Operator(name, reference, arguments, differentiable, refuse)
     places = [i for i, (_, argument) in enumerate(arguments) if argument in differentiable]
 
     def backward_reference(grad_outputs: list[Tensor], *inputs_and_needs) -> list[Tensor]:

@@ -62,8 +62,8 @@ def mlp_adapt(
             grads = [g.detach() for g in grads]
         rates = [_rate(lr, k, i) for i in moving]
         results = sgd_step(values, grads, rates, velocity, momentum, weight_decay, clip)
-        velocity = results[len(moving) :]
-        theta = _replaced(theta, moving, results)
+        values, velocity = results[: len(moving)], results[len(moving) :]
+        theta = _replaced(theta, moving, values)
         history.append(theta)
 
     outputs, losses = [], []

@@ -17,7 +17,7 @@ def sgd_step(
 ) -> list[Tensor]:
     """The new parameters, then the new momentum buffers where there are any."""
     if clip is not None:
-        square = sum(g.reshape(g.shape[0], -1).square().sum(1) for g in grads)  # [T]
+        square = sum(g.square().unsqueeze(-1).flatten(1).sum(1) for g in grads)  # [T]
         # the norm's derivative at zero is infinite: a zero gradient is not clipped, so it takes no part
         norm = torch.where(square > 0, square, 1.0).sqrt()
         scale = torch.where(square > 0, clip / (norm + 1e-6), 1.0).clamp(max=1.0)

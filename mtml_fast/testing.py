@@ -1,0 +1,496 @@
+"""The battery that every operator passes, on every backend, and that downstream operators may use.
+
+`op_battery(function, operator, cases, ...)` returns named checks; a test runs each of them:
+
+    @pytest.mark.parametrize("check", op_battery(...), ids=str)
+    def test_battery(check):
+        check()
+
+The rule for values: the error against float64 may be at most twice that of eager PyTorch in the same dtype, task by
+task; nowhere a tolerance chosen by hand. Cotangents are random; the seed is fresh and part of every message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mtml_fast.ops import backend
+from mtml_fast.ops._define import Operator
+from mtml_fast.ops._route import has_kernel
+
+__all__ = ["BadInput", "Case", "Check", "assert_as_exact", "op_battery"]
+
+# a kernel may be this many units in the last place of the largest value worse than twice eager's error
+SLACK_ULPS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public function.
+
+    Args:
+        id: its name in the test's id.
+        make: `(dtype, generator) -> keyword arguments`; tensors among the operator's differentiable arguments are
+            differentiated.
+        axes: for each argument with rows of tasks, "T" (tasks lead) or the name of the argument with its offsets.
+        tiny: small enough for finite differences and compilation (at most a few dozen numbers).
+    """
+
+    id: str
+    make: Callable[[torch.dtype, torch.Generator], dict]
+    axes: dict[str, str] = field(default_factory=dict)
+    tiny: bool = False
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A change of a good call's arguments, and the one-line error that it must give."""
+
+    id: str
+    change: Callable[[dict], dict]
+    error: type[Exception]
+    message: str  # a piece of the text: the argument's name and the value
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of the battery with its name."""
+
+    id: str
+    run: Callable[[], None]
+
+    def __call__(self) -> None:
+        self.run()
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def op_battery(
+    function: Callable,
+    operator: Operator,
+    cases: Sequence[Case],
+    *,
+    per_task: Callable[[list[Tensor], dict], list[list[Tensor]]],
+    bad_inputs: Sequence[BadInput] = (),
+    device: str = "cpu",
+) -> list[Check]:
+    """The checks of a public function and the operator behind it.
+
+    Args:
+        function: called with a case's keyword arguments; returns tensors (in tuples, lists, with `None`).
+        operator: what `define_op` returned.
+        cases: at least one `tiny` one.
+        per_task: `(flat results, arguments) -> one list of tensors for each task`.
+        bad_inputs: changes of the first case's arguments.
+    """
+    battery = _Battery(function, operator, per_task, device)
+    checks = []
+    for case in cases:
+        names = ["values", "layouts", "tasks", "purity"]
+        if case.tiny:
+            names += ["gradcheck", "second_order", "maml_probe", "opcheck", "functorch", "compiled"]
+        for name in names:
+            checks.append(Check(f"{case.id}-{name}", lambda case=case, name=name: getattr(battery, name)(case)))
+    for bad in bad_inputs:
+        checks.append(Check(f"bad-{bad.id}", lambda bad=bad: battery.bad_input(cases[0], bad)))
+    return checks
+
+
+def assert_as_exact(candidate: Tensor, eager: Tensor, exact: Tensor, what: str) -> None:
+    """The candidate's largest error is at most twice eager's, both against the same float64 values."""
+    assert candidate.shape == exact.shape, f"{what}: shape {list(candidate.shape)}, expected {list(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    for value in (candidate, eager):
+        same = torch.equal(value.isfinite(), exact.isfinite())
+        assert same, f"{what}: not finite in other places than the exact values"
+    finite = exact.isfinite()
+    exact, scale = exact[finite], exact[finite].abs().max() if finite.any() else exact.new_zeros(())
+    worst = (candidate[finite].double() - exact).abs().max() if finite.any() else scale
+    allowed = (eager[finite].double() - exact).abs().max() if finite.any() else scale
+    slack = SLACK_ULPS * torch.finfo(candidate.dtype).eps * scale
+    assert worst <= 2 * allowed + slack, (
+        f"{what}: error {worst:.3e}, eager PyTorch's {allowed:.3e}, slack {slack:.1e}, largest value {scale:.3e}"
+    )
+
+
+class _Battery:
+    def __init__(self, function, operator, per_task, device):
+        self.function, self.operator, self.per_task, self.device = function, operator, per_task, device
+        self.native = has_kernel(f"mtml_fast::{operator.name}", torch.device(device).type.upper())
+
+    def values(self, case: Case) -> None:
+        """Values and all gradients against the reference in float64, task by task where they have tasks."""
+        for dtype in (torch.float32, torch.float64):
+            with self.seeded(case) as seed:
+                arguments = self.arguments(case, seed, dtype)
+                exact_arguments = _map(arguments, lambda t: t.double() if t.is_floating_point() else t)
+                with backend("reference"):
+                    eager = self.with_gradients(arguments, seed)
+                    exact = self.with_gradients(exact_arguments, seed)
+                mine = self.with_gradients(arguments, seed)
+                for kind in ("results", "gradients"):
+                    parts = [getattr(x, kind) for x in (mine, eager, exact)]
+                    if kind == "results":
+                        parts = [[t for ts in self.per_task(p, arguments) for t in ts] for p in parts]
+                    for i, (a, b, c) in enumerate(zip(*parts, strict=True)):
+                        assert_as_exact(a, b, c, f"{kind}[{i}] in {dtype}")
+
+    def layouts(self, case: Case) -> None:
+        """Transposed, expanded and offset inputs give the result of the contiguous ones."""
+        with self.seeded(case) as seed:
+            arguments = self.arguments(case, seed, torch.float64)
+            for name, layout in (("transposed", _transposed), ("offset", _offset), ("expanded", _expanded)):
+                changed = _map(arguments, layout)
+                plain = _map(changed, lambda t: t.contiguous().clone())
+                a, b = self.with_gradients(changed, seed), self.with_gradients(plain, seed)
+                self.equal(a.results + a.gradients, b.results + b.gradients, name)
+
+    def tasks(self, case: Case) -> None:
+        """The same bits again, on any number of threads and for a task alone; a NaN stays in its own task."""
+        with self.seeded(case) as seed:
+            arguments = self.arguments(case, seed, torch.float32)
+            first = self.with_gradients(arguments, seed)
+            threads = torch.get_num_threads()
+            try:
+                for count in (threads, 1, 2, 4):
+                    torch.set_num_threads(count)
+                    again = self.with_gradients(arguments, seed)
+                    what = f"{count} threads"
+                    self.equal(first.results + first.gradients, again.results + again.gradients, what)
+            finally:
+                torch.set_num_threads(threads)
+            if not case.axes:
+                return
+            together = self.per_task(first.results, arguments)
+            for t in range(len(together)):
+                alone = self.results(_select(arguments, case.axes, [t]))
+                self.equal(together[t], self.per_task(alone, _select(arguments, case.axes, [t]))[0], f"task {t} alone")
+            if len(together) > 1:
+                poisoned = self.results(_poison(arguments, case.axes, task=1))
+                for t, (a, b) in enumerate(zip(together, self.per_task(poisoned, arguments), strict=True)):
+                    if t != 1:
+                        self.equal(a, b, f"task {t} beside a task with NaN")
+
+    def purity(self, case: Case) -> None:
+        """Inputs stay as they were, unwritten memory is never read, gradients come only where asked for."""
+        with self.seeded(case) as seed:
+            arguments = self.arguments(case, seed, torch.float64)
+            before = _map(arguments, Tensor.clone)
+            plain = self.with_gradients(arguments, seed)
+            for a, b in zip(_leaves(arguments), _leaves(before), strict=True):
+                assert torch.equal(a, b), "an input was changed"
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
+            try:
+                filled = self.with_gradients(arguments, seed)
+            finally:
+                torch.use_deterministic_algorithms(deterministic)
+            self.equal(plain.results + plain.gradients, filled.results + filled.gradients, "poisoned memory")
+            leaves = self.differentiable(arguments)
+            for i in range(len(leaves)):
+                inputs = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
+                results = _floats(self.function(**self.replace(arguments, inputs)))
+                torch.autograd.backward(results, self.cotangents(results, seed))
+                assert all((leaf.grad is None) == (i != j) for j, leaf in enumerate(inputs)), f"gradient of input {i}"
+                self.equal([inputs[i].grad], [plain.gradients[i]], f"gradient of input {i} alone")
+
+    def gradcheck(self, case: Case) -> None:
+        """First derivatives against finite differences."""
+        with self.seeded(case) as seed:
+            call, inputs = self.closed(case, seed)
+            assert torch.autograd.gradcheck(call, inputs)
+
+    def second_order(self, case: Case) -> None:
+        """Second derivatives against finite differences, or a refusal that is an error."""
+        with self.seeded(case) as seed:
+            call, inputs = self.closed(case, seed)
+            with backend("reference"):
+                assert torch.autograd.gradgradcheck(call, inputs)
+            if self.offers_second_order(call, inputs, seed):
+                assert torch.autograd.gradgradcheck(call, inputs)
+
+    def maml_probe(self, case: Case) -> None:
+        """An outer loss of the inputs themselves and of the gradient at them: catches silent first order."""
+        with self.seeded(case) as seed:
+            call, inputs = self.closed(case, seed)
+
+            def outer() -> list[Tensor]:
+                leaves = [t.detach().requires_grad_() for t in inputs]
+                results = call(*leaves)
+                inner = torch.autograd.grad(results, leaves, self.cotangents(results, seed), create_graph=True)
+                total = sum(((a + g).sin()).sum() for a, g in zip(leaves, inner, strict=True))
+                return list(torch.autograd.grad(total, leaves))
+
+            with backend("reference"):
+                exact = outer()
+            if self.offers_second_order(call, inputs, seed):
+                for i, (a, b) in enumerate(zip(outer(), exact, strict=True)):
+                    torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, i=i: f"input {i}: {m}")
+            direct = [t.cos() for t in inputs]
+            assert any(not torch.allclose(a, b) for a, b in zip(exact, direct, strict=True)), "the probe probes nothing"
+
+    def opcheck(self, case: Case) -> None:
+        """Schema, autograd registration, fake implementation and tracing of both operators."""
+        with self.seeded(case) as seed:
+            arguments = self.arguments(case, seed, torch.float64)
+            raw = self.raw_arguments(arguments)
+            leaves = [
+                leaf.requires_grad_()
+                for (_, name), value in zip(self.operator.arguments, raw, strict=True)
+                if name in self.operator.differentiable
+                for leaf in _leaves(value)
+            ]
+            torch.library.opcheck(self.operator.forward, raw)
+            results = self.operator.forward(*raw)
+            results = [results] if isinstance(results, Tensor) else list(results)
+            cotangents = self.cotangents(results, seed)
+            detached = _map(list(raw), Tensor.detach)
+            # the fourth test runs a backward pass, which an operator may refuse
+            tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+            arguments = (cotangents, *detached, [True] * len(leaves))
+            torch.library.opcheck(self.operator.backward, arguments, test_utils=tests)
+
+    def functorch(self, case: Case) -> None:
+        """grad, vmap, vmap of grad, and forward mode equal plain autograd."""
+        with self.seeded(case) as seed:
+            call, inputs = self.closed(case, seed)
+            inputs = tuple(t.detach() for t in inputs)
+            results = call(*inputs)
+            weights = self.cotangents(results, seed)
+
+            def scalar(*values):
+                return sum((a * w).sum() for a, w in zip(call(*values), weights, strict=True))
+
+            places = tuple(range(len(inputs)))
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            plain = torch.autograd.grad(scalar(*leaves), leaves)
+            _close(torch.func.grad(scalar, argnums=places)(*inputs), plain, "func.grad")
+
+            other = tuple(t + 0.01 * torch.randn_like(t) for t in inputs)
+            stacked = tuple(torch.stack(pair) for pair in zip(inputs, other, strict=True))
+            loop = [torch.stack(pair) for pair in zip(call(*inputs), call(*other), strict=True)]
+            _close(torch.func.vmap(call)(*stacked), loop, "vmap")
+            pair = [torch.func.grad(scalar, argnums=places)(*x) for x in (inputs, other)]
+            loop = [torch.stack(grads) for grads in zip(*pair, strict=True)]
+            _close(torch.func.vmap(torch.func.grad(scalar, argnums=places))(*stacked), loop, "vmap(grad)")
+
+            tangents = tuple(torch.randn_like(t) for t in inputs)
+            along = sum((g * t).sum() for g, t in zip(plain, tangents, strict=True))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its decompositions
+                _, forward = torch.func.jvp(scalar, inputs, tangents)
+                with torch.autograd.forward_ad.dual_level():
+                    duals = [torch.autograd.forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)]
+                    dual = torch.autograd.forward_ad.unpack_dual(scalar(*duals)).tangent
+            _close([forward], [along], "func.jvp")
+            assert dual is not None, "forward-mode AD lost the tangent"
+            _close([dual], [along], "forward_ad")
+
+    def compiled(self, case: Case) -> None:
+        """torch.compile, forward and backward and over func.grad, equals eager."""
+        with self.seeded(case) as seed:
+            call, inputs = self.closed(case, seed)
+            weights = self.cotangents(call(*inputs), seed)
+
+            def scalar(*values):
+                return sum((a * w).sum() for a, w in zip(call(*values), weights, strict=True))
+
+            plain = torch.autograd.grad(scalar(*inputs), inputs)
+            torch._dynamo.reset()
+            compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
+            _close(torch.autograd.grad(compiled(*inputs), inputs), plain, "compile")
+            torch._dynamo.reset()
+            places = tuple(range(len(inputs)))
+            compiled = torch.compile(torch.func.grad(scalar, argnums=places), backend="aot_eager", fullgraph=True)
+            _close(compiled(*(t.detach() for t in inputs)), plain, "compile(func.grad)")
+
+    def bad_input(self, case: Case, bad: BadInput) -> None:
+        """The error, with its name and value, on every backend."""
+        with self.seeded(case) as seed:
+            arguments = bad.change(self.arguments(case, seed, torch.float32))
+            for name in ("auto", "reference"):
+                with backend(name):
+                    try:
+                        self.function(**arguments)
+                    except (TypeError, ValueError) as error:
+                        assert type(error) is bad.error, f"{type(error).__name__}: {error}"
+                        assert bad.message in str(error), f"expected {bad.message!r} in: {error}"
+                        assert "\n" not in str(error), f"more than one line: {error}"
+                    else:
+                        raise AssertionError(f"no error, expected {bad.error.__name__}: {bad.message}")
+
+    @contextlib.contextmanager
+    def seeded(self, case: Case) -> Iterator[int]:
+        """A fresh seed, printed (pytest shows it with a failure); MTML_FAST_TEST_SEED repeats one."""
+        seed = int(os.environ.get("MTML_FAST_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
+        print(f"{self.operator.name}, case {case.id}: repeat with MTML_FAST_TEST_SEED={seed}")
+        torch.manual_seed(seed)
+        yield seed
+
+    def arguments(self, case: Case, seed: int, dtype: torch.dtype) -> dict:
+        arguments = case.make(dtype, torch.Generator().manual_seed(seed))
+        return _map(arguments, lambda t: t.detach().to(self.device))
+
+    def results(self, arguments: dict) -> list[Tensor]:
+        return _floats(self.function(**arguments))
+
+    def with_gradients(self, arguments: dict, seed: int) -> _Outcome:
+        inputs = [t.detach().requires_grad_() for t in self.differentiable(arguments)]
+        results = _floats(self.function(**self.replace(arguments, inputs)))
+        # some results are constants (the losses of unlabelled rows), and some inputs unused (the rates of no steps)
+        pairs = zip(results, self.cotangents(results, seed), strict=True)
+        pairs = [(r, c) for r, c in pairs if r.requires_grad]
+        outputs, cotangents = [r for r, _ in pairs], [c for _, c in pairs]
+        gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True)
+        return _Outcome([r.detach() for r in results], list(gradients))
+
+    def cotangents(self, results: Sequence[Tensor], seed: int) -> list[Tensor]:
+        """Random, never constant, the same for every dtype; zero where a result is not finite."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        draws = [torch.randn(r.shape, generator=generator, dtype=torch.float64) for r in results]
+        return [torch.where(r.isfinite(), d.to(r), 0.0) for r, d in zip(results, draws, strict=True)]
+
+    def differentiable(self, arguments: dict) -> list[Tensor]:
+        values = [arguments.get(name) for name in self.operator.differentiable]
+        return [t for t in _leaves(values) if t.is_floating_point()]
+
+    def replace(self, arguments: dict, inputs: Sequence[Tensor]) -> dict:
+        replaced, rest = dict(arguments), iter(inputs)
+        for name in self.operator.differentiable:
+            if name in arguments:
+                replaced[name] = _map(arguments[name], lambda t: next(rest) if t.is_floating_point() else t)
+        return replaced
+
+    def closed(self, case: Case, seed: int) -> tuple[Callable, tuple[Tensor, ...]]:
+        """The call as a function of its differentiable tensors, and these in float64."""
+        arguments = self.arguments(case, seed, torch.float64)
+
+        def call(*inputs):
+            results = _floats(self.function(**self.replace(arguments, inputs)))
+            # a result that is -inf by definition (an absent class) has no finite difference
+            return tuple(torch.where(r.isinf(), 0.0, r) for r in results)
+
+        return call, tuple(t.requires_grad_() for t in self.differentiable(arguments))
+
+    def raw_arguments(self, arguments: dict) -> tuple:
+        """What the public function hands to the operator."""
+        seen = []
+        forward = self.operator.forward
+        try:
+            self.operator.forward = lambda *args: seen.append(args) or forward(*args)
+            self.function(**arguments)
+        finally:
+            self.operator.forward = forward
+        return seen[0]
+
+    def offers_second_order(self, call, inputs, seed: int) -> bool:
+        """Whether a second derivative is there; where it is not, asking for it must raise."""
+        if self.operator.refuse is None:
+            return True
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        results = call(*leaves)
+        inner = torch.autograd.grad(results, leaves, self.cotangents(results, seed), create_graph=True)
+        try:
+            torch.autograd.grad(sum((a * g).sum() for a, g in zip(leaves, inner, strict=True)), leaves)
+        except RuntimeError as error:
+            assert self.operator.name in str(error), f"refused without its name: {error}"
+            return False
+        raise AssertionError("a derivative that is not offered was not refused")
+
+    def equal(self, a: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
+        """The same bits from native code; from the reference, whose sums are torch's, up to rounding."""
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            if self.native:
+                same = torch.equal(x.nan_to_num(nan=0.5), y.nan_to_num(nan=0.5)) and torch.equal(x.isnan(), y.isnan())
+                assert same, f"{what}: result {i} has other bits (by up to {(x - y).abs().max():.1e})"
+            else:
+                tolerance = 2e-4 if x.dtype == torch.float32 else 1e-9
+                torch.testing.assert_close(
+                    x, y, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, i=i: f"{what}, {i}: {m}"
+                )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    results: list[Tensor]
+    gradients: list[Tensor]
+
+
+def _leaves(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _leaves(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _floats(value) -> list[Tensor]:
+    return [t for t in _leaves(value) if t.is_floating_point()]
+
+
+def _map(value, function):
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: _map(v, function) for k, v in value.items()}
+    return type(value)(_map(v, function) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
+
+
+def _offset(t: Tensor) -> Tensor:
+    """A slice that starts one element into its storage."""
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def _expanded(t: Tensor) -> Tensor:
+    """Stride 0 along the second axis of floats: every row of a task the same."""
+    return t[:, :1].expand(t.shape) if t.is_floating_point() and t.dim() > 2 and t.shape[1] else t
+
+
+def _select(arguments: dict, axes: dict[str, str], tasks: list[int]) -> dict:
+    selected = dict(arguments)
+    for name, axis in axes.items():
+        if arguments.get(name) is None:
+            continue
+        if axis == "T":
+            selected[name] = _map(arguments[name], lambda t: t[tasks] if t.dim() else t)
+        else:
+            bounds = arguments[axis].tolist()
+            selected[name] = torch.cat([arguments[name][bounds[t] : bounds[t + 1]] for t in tasks])
+            counts = arguments[axis].diff()[tasks]
+            selected[axis] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return selected
+
+
+def _poison(arguments: dict, axes: dict[str, str], task: int) -> dict:
+    def spoil(t: Tensor, rows) -> Tensor:
+        t = t.clone()
+        if t.is_floating_point() and t.dim():
+            t[rows] = torch.nan
+        return t
+
+    poisoned = dict(arguments)
+    for name, axis in axes.items():
+        # a rate that is not finite is refused
+        if arguments.get(name) is None or name == "lr":
+            continue
+        rows = task if axis == "T" else slice(*arguments[axis][task : task + 2].tolist())
+        poisoned[name] = _map(arguments[name], lambda t, rows=rows: spoil(t, rows))
+    return poisoned
+
+
+def _close(a: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9, msg=lambda m, i=i: f"{what}, {i}: {m}")
