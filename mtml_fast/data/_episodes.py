@@ -61,6 +61,7 @@ class Episodes:
         return Draws(self.seed, step, first_task, num_tasks)
 
     def _sample(self, draws: Draws) -> TaskBatch:
+        """The tasks that the draws lead to: what each data set adds."""
         raise NotImplementedError
 
 
@@ -143,9 +144,11 @@ class ClassEpisodes(Episodes):
 
 def check_int(name: str, value, least: int) -> int:
     """`value` as an int that is at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    value = operator.index(value)
+    try:
+        # bool is an int in Python, and never meant here
+        value = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
     if not least <= value < 1 << 63:
         raise ValueError(f"{name} must be {f'at least {least}' if value < least else 'below 2^63'}, got {value}")
     return value

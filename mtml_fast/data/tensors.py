@@ -83,6 +83,8 @@ class TensorTasks(Episodes):
         shots = _check_share("shots", shots)
         query_shots = None if query_shots is None else _check_share("query_shots", query_shots)
         self._support, self._query = _sizes(shots, query_shots, counts, ids, "task" if task_id is None else "task_id")
+        # of the whole pool: whether a batch is rectangular does not depend on the tasks that it drew
+        self._support_equal, self._query_equal = _all_equal(self._support), _all_equal(self._query)
         self._counts, self._starts = counts, np.cumsum(counts) - counts
         self.task_ids = tuple(ids.tolist())
         self.input_shape = tuple(x.shape[1:])
@@ -115,7 +117,7 @@ class TensorTasks(Episodes):
         tasks = draws.permuted(len(self))  # [T]
         counts, starts = self._counts[tasks], self._starts[tasks]
         support, query = self._support[tasks], self._query[tasks]
-        if _all_equal(self._support) and _all_equal(self._query):
+        if self._support_equal and self._query_equal:
             # few rows of what may be a large task
             rows = draws.distinct(counts, int(support[0] + query[0])) + starts[:, None]  # [T, N + Q]
             of_support, of_query = rows[:, : support[0]].ravel(), rows[:, support[0] :].ravel()
@@ -125,8 +127,8 @@ class TensorTasks(Episodes):
             of_support = rows[place < end]
             of_query = rows[(place >= end) & (place < end + np.repeat(query, counts))]
         return TaskBatch(
-            self._rows(of_support, support, _all_equal(self._support)),
-            self._rows(of_query, query, _all_equal(self._query)),
+            self._rows(of_support, support, self._support_equal),
+            self._rows(of_query, query, self._query_equal),
         )
 
     def _rows(self, rows: np.ndarray, counts: np.ndarray, rectangular: bool) -> TaskRows:

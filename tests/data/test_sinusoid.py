@@ -109,6 +109,7 @@ def test_sampling_is_fast():
         (lambda: Sinusoid(shots=0), ValueError, "shots must be at least 1, got 0"),
         (lambda: Sinusoid(query_shots=2.0), TypeError, r"query_shots must be an int, got 2\.0"),
         (lambda: Sinusoid(seed=-1), ValueError, "seed must be at least 0, got -1"),
+        (lambda: Sinusoid(shots=torch.tensor(2.0)), TypeError, r"shots must be an int, got tensor\(2\.\)"),
         (lambda: Sinusoid(seed=True), TypeError, "seed must be an int, got True"),
         (lambda: Sinusoid(amplitude=(2, 1)), ValueError, r"amplitude must be a finite range .* got \(2, 1\)"),
         (lambda: Sinusoid(phase=(0, math.nan)), ValueError, "phase must be a finite range"),
