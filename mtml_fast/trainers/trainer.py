@@ -1,0 +1,406 @@
+"""Trainer: the outer loop around any meta-learning algorithm, with validation, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtml_fast.files import save_tensors
+from mtml_fast.tasks import TaskRows
+from mtml_fast.trainers import _names
+from mtml_fast.trainers.checkpoint import Checkpoints, differences, pack, random_state, set_random_state
+from mtml_fast.trainers.evaluation import VALIDATION_STEP, Evaluation, evaluate
+from mtml_fast.trainers.interrupts import Interrupts
+from mtml_fast.trainers.progress import Progress
+from mtml_fast.trainers.report import save_curves, save_history
+
+__all__ = ["Trainer"]
+
+
+class Trainer:
+    """Meta-trains an algorithm on the tasks of a data set.
+
+    The loop, with `step` counted from 0 and the tasks a function of (seed, step) alone:
+
+        while step < steps:
+            batch = tasks.sample(meta_batch, step)
+            loss = algorithm(batch).loss                    # the mean over tasks of the query loss
+            stop with an error if loss is not finite, before any weight changes
+            loss.backward(); clip; optimizer.step(); scheduler.step(); step += 1
+            every validate_every steps: validate, note the best, stop after `patience` validations without a better one
+            every log_every steps: a row of history
+            every checkpoint_every steps: a checkpoint
+
+    A run that was killed, stopped or interrupted and then resumed ends with the same bits as one that was not: weights,
+    optimizer, best, history (all but its clock); on the same machine, versions and thread count. SIGINT and SIGTERM
+    finish the step, save, and then raise KeyboardInterrupt or SystemExit(143); a second signal acts at once.
+
+    Args:
+        algorithm: a module with `algorithm(batch, steps=None) -> result` (`loss`, `task_losses` [T], `metrics`: name ->
+            [T]) and `adapt(support, steps=None)`; `mf.MAML` and all others of this library. It is evaluated under
+            `torch.no_grad()`.
+        tasks: a data set with `sample(num_tasks, step, first_task=0) -> TaskBatch`.
+        meta_lr: outer learning rate.
+        meta_batch: tasks a meta-step.
+        optimizer: a name ("adam", ...), a callable `(params, lr) -> torch optimizer`, or a torch optimizer, which then
+            brings its own rate.
+        scheduler: a callable `(optimizer) -> torch scheduler`, or a torch scheduler; stepped once a meta-step.
+        clip_grad: the largest norm of the meta-gradient.
+        validation: a data set; every `validate_every` meta-steps, `validation_tasks` fixed tasks of it are adapted by
+            `validation_steps` inner steps (None: the algorithm's own number).
+        monitor: what is best: "loss" (lower is better) or the name of a metric (higher is better); None takes
+            "accuracy" where there is one, else "loss".
+        patience: stop early after this many validations without a better one.
+        checkpoint: a folder, see `mtml_fast/trainers/checkpoint.py` for what it holds; None saves nothing.
+        resume: "auto" goes on from the folder's checkpoint if there is one; True insists on one, False on none.
+
+    Attributes:
+        step: meta-steps done.  history: list of rows.  best: `{"step", "value", "weights"}` or None.
+
+    Raises:
+        ValueError, TypeError: naming the argument; a checkpoint of another run is refused naming what differs.
+        FloatingPointError: the loss is not finite; names the step. Weights and the last checkpoint are as before it.
+        OSError: naming the file that cannot be written.
+
+    Example:
+        >>> import mtml_fast as mf
+        >>> maml = mf.MAML(mf.nn.mlp(1, (16,), 1), lr=0.01)
+        >>> trainer = mf.Trainer(maml, mf.data.Sinusoid(shots=5, seed=0), meta_batch=4, progress=False)
+        >>> trainer.fit(20).step
+        20
+        >>> print(trainer.evaluate(mf.data.Sinusoid(shots=5, seed=1), num_tasks=50))
+        loss ... +- ... over 50 tasks
+    """
+
+    def __init__(
+        self,
+        algorithm: nn.Module,
+        tasks: Any,
+        *,
+        meta_lr: float = 1e-3,
+        meta_batch: int = 32,
+        optimizer: str | Callable | torch.optim.Optimizer = "adam",
+        scheduler: Any = None,
+        clip_grad: float | None = None,
+        validation: Any = None,
+        validate_every: int = 1000,
+        validation_tasks: int = 200,
+        validation_steps: int | None = None,
+        monitor: str | None = None,
+        patience: int | None = None,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 1000,
+        log_every: int = 100,
+        progress: bool = True,
+        resume: str | bool = "auto",
+    ):
+        if not isinstance(algorithm, nn.Module):
+            raise TypeError(f"algorithm must be an nn.Module, got {type(algorithm).__name__}")
+        if not callable(getattr(tasks, "sample", None)):
+            raise TypeError(f"tasks must be a data set with a sample method, got {type(tasks).__name__}")
+        for name, value in (
+            ("meta_batch", meta_batch),
+            ("validate_every", validate_every),
+            ("checkpoint_every", checkpoint_every),
+            ("log_every", log_every),
+            ("patience", patience),
+        ):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+        for name, value in (("meta_lr", meta_lr), ("clip_grad", clip_grad)):
+            if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        if patience is not None and validation is None:
+            raise ValueError(f"patience needs validation tasks, got patience={patience} and validation=None")
+        if resume not in ("auto", True, False):
+            raise ValueError(f"resume must be 'auto', True or False, got {resume!r}")
+        if resume is True and checkpoint is None:
+            raise ValueError("resume=True needs a checkpoint folder, got checkpoint=None")
+
+        self.algorithm, self.tasks, self.validation = algorithm, tasks, validation
+        self.meta_batch, self.clip_grad, self.patience = meta_batch, clip_grad, patience
+        self.validate_every, self.validation_tasks = validate_every, validation_tasks
+        self.validation_steps, self.monitor = validation_steps, monitor
+        self.checkpoint_every, self.log_every, self.progress = checkpoint_every, log_every, progress
+        self._parameters = [p for p in algorithm.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise ValueError("algorithm must have parameters to train, got none that requires a gradient")
+        self._device = self._parameters[0].device
+        self.optimizer = _names.optimizer(optimizer, self._parameters, meta_lr)
+        self.scheduler = _scheduler(scheduler, self.optimizer)
+        self._meta_lr = None if isinstance(optimizer, torch.optim.Optimizer) else meta_lr
+
+        self.step = 0
+        self.history: list[dict] = []
+        self.best: dict | None = None
+        self._without_better = 0
+        self._seconds = 0.0
+        # the run has its own stream of torch's random numbers: what is drawn elsewhere does not change it
+        self._random = random_state(self._device)
+        # losses and accuracies since the last row of history, left on their device until a row reads them
+        self._losses: list[Tensor] = []
+        self._accuracies: list[Tensor] = []
+        self._saved_step = self._saved_best = None
+        self._checkpoints = None if checkpoint is None else Checkpoints(checkpoint)
+        if self._checkpoints is not None:
+            self._resume(resume)
+
+    def fit(self, steps: int, minutes: float | None = None) -> Trainer:
+        """Train up to `steps` meta-steps in all (a resumed run goes on to the same total), or for `minutes`."""
+        if type(steps) is not int or not 0 <= steps < VALIDATION_STEP:
+            raise ValueError(f"steps must be an int >= 0, got {steps!r}")
+        if minutes is not None and not minutes > 0:
+            raise ValueError(f"minutes must be > 0, got {minutes!r}")
+        cuda = [self._device] if self._device.type == "cuda" else []
+        with Interrupts() as interrupts, torch.random.fork_rng(cuda):
+            set_random_state(self._random, self._device)
+            try:
+                if self.step < steps and not self.stopped_early:
+                    self._fit(steps, math.inf if minutes is None else 60 * minutes, interrupts)
+            finally:
+                self._random = random_state(self._device)
+        interrupts.raise_received()
+        return self
+
+    def evaluate(
+        self, tasks: Any, num_tasks: int = 600, *, steps: int | None = None, meta_batch: int | None = None
+    ) -> Evaluation:
+        """The metric's mean and 95 % interval over `num_tasks` fixed tasks that training never sees.
+
+        Args:
+            steps: inner steps, None for the algorithm's own number.
+            meta_batch: tasks adapted at a time; the result does not depend on it.
+        """
+        meta_batch = self.meta_batch if meta_batch is None else meta_batch
+        return evaluate(self.algorithm, tasks, num_tasks, steps=steps, meta_batch=meta_batch, metric=self.monitor)
+
+    def adapt(self, support: TaskRows, steps: int | None = None) -> Any:
+        """The algorithm adapted to new tasks, see `mf.adapt`."""
+        return self.algorithm.adapt(support, steps=steps)
+
+    def load_best(self) -> Trainer:
+        """Give the algorithm the weights of the best validation so far."""
+        if self.best is None:
+            raise ValueError("load_best needs a validation, and there was none yet")
+        self.algorithm.load_state_dict(self.best["weights"])
+        return self
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.patience is not None and self._without_better >= self.patience
+
+    def _fit(self, steps: int, seconds: float, interrupts: Interrupts) -> None:
+        if self._saved_step is None:
+            # shows before any work that the folder takes a checkpoint
+            self._save()
+        progress = Progress(self.step, steps, self.progress)
+        start = time.perf_counter() - self._seconds
+        row_step, row_time, deadline = self.step, start + self._seconds, start + self._seconds + seconds
+        now = row_time
+        try:
+            while self.step < steps and now < deadline and not interrupts.received and not self.stopped_early:
+                self._train_step()
+                validated = None
+                if self.validation is not None and self.step % self.validate_every == 0:
+                    validated = self._validate()
+                now = time.perf_counter()
+                self._seconds = now - start
+                if validated is not None or self.step % self.log_every == 0 or self.step == steps:
+                    rate = (self.step - row_step) * self.meta_batch / (now - row_time)
+                    self._add_row(validated, rate)
+                    row_step, row_time = self.step, now
+                if self._checkpoints is not None and self.step % self.checkpoint_every == 0:
+                    self._save()
+                progress.step(self.step, now, self._summary)
+        finally:
+            progress.close(self.step, self._summary)
+        if self._checkpoints is not None:
+            self._save()
+            if self.history and find_spec("matplotlib") is not None:
+                save_curves(self._checkpoints.folder / "curves.png", self.history, self.monitor)
+
+    def _train_step(self) -> None:
+        batch = self.tasks.sample(self.meta_batch, step=self.step)
+        if batch.support.x.device != self._device:
+            batch = batch.to(self._device)
+        result = self.algorithm(batch)
+        loss = result.loss.detach()
+        # reading a loss is free on the CPU; on a device it would stop the stream, so there rows and saves look
+        if loss.device.type == "cpu":
+            self._require_finite(loss.item(), self.step)
+        self._losses.append(loss)
+        if "accuracy" in result.metrics:
+            self._accuracies.append(result.metrics["accuracy"].detach())
+        self.optimizer.zero_grad()
+        result.loss.backward()
+        if self.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.step += 1
+
+    def _validate(self) -> float:
+        result = evaluate(
+            self.algorithm,
+            self.validation,
+            self.validation_tasks,
+            steps=self.validation_steps,
+            meta_batch=self.meta_batch,
+            metric=self.monitor,
+            episodes=VALIDATION_STEP,
+        )
+        self.monitor = result.metric
+        sign = -1.0 if result.metric == "loss" else 1.0
+        if self.best is None or sign * result.mean > sign * self.best["value"]:
+            weights = copy.deepcopy(dict(self.algorithm.state_dict()))
+            self.best = {"step": self.step, "value": result.mean, "weights": weights}
+            self._without_better = 0
+        else:
+            self._without_better += 1
+        return result.mean
+
+    def _add_row(self, validated: float | None, rate: float) -> None:
+        losses = torch.stack(self._losses).double().tolist()
+        for i, loss in enumerate(losses):
+            self._require_finite(loss, self.step - len(losses) + i)
+        accuracies = [accuracy.double().mean() for accuracy in self._accuracies]
+        self.history.append(
+            {
+                "step": self.step,
+                "train_loss": sum(losses) / len(losses),
+                "train_accuracy": torch.stack(accuracies).mean().item() if accuracies else None,
+                "validation": validated,
+                "tasks_per_second": round(rate, 1),
+                "seconds": round(self._seconds, 3),
+            }
+        )
+        self._losses, self._accuracies = [], []
+
+    def _summary(self) -> str:
+        if self._losses:
+            loss = torch.stack(self._losses).mean().item()
+            accuracy = torch.cat(self._accuracies).mean().item() if self._accuracies else None
+        elif self.history:
+            loss, accuracy = self.history[-1]["train_loss"], self.history[-1]["train_accuracy"]
+        else:
+            return ""
+        parts = [f"loss {loss:.4f}"]
+        if accuracy is not None:
+            parts.append(f"accuracy {accuracy:.3f}")
+        if self.best is not None:
+            parts.append(f"best validation {self.best['value']:.4f}")
+        if self._seconds > 0:
+            parts.append(f"{self.step * self.meta_batch / self._seconds:,.0f} tasks/s")
+        return "  ".join(parts)
+
+    def _require_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            last = self._checkpoints.paths()[-1].name if self._checkpoints is not None else "none"
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {step} (lower lr or meta_lr, or set clip_grad); "
+                f"last checkpoint: {last}"
+            )
+
+    # ---- saving and resuming
+
+    def _run(self) -> dict:
+        """What must be the same for a checkpoint to be this run's."""
+        shapes = {
+            name: f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            for name, value in self.algorithm.state_dict().items()
+        }
+        return {
+            "algorithm": type(self.algorithm).__name__,
+            "parameter": shapes,
+            "tasks": str(getattr(self.tasks, "fingerprint", type(self.tasks).__name__)),
+            "seed": getattr(self.tasks, "seed", None),
+            "meta_batch": self.meta_batch,
+            "meta_lr": self._meta_lr,
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
+            "clip_grad": self.clip_grad,
+        }
+
+    def _state(self) -> dict:
+        return {
+            "step": self.step,
+            "seconds": self._seconds,
+            "algorithm": self.algorithm.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "random": random_state(self._device),
+            "monitor": self.monitor,
+            "best": self.best,
+            "without_better": self._without_better,
+            "history": self.history,
+            "losses": self._losses,
+            "accuracies": self._accuracies,
+        }
+
+    def _save(self) -> None:
+        if self._checkpoints is None or self._saved_step == self.step:
+            return
+        for name, value in self.algorithm.named_parameters():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.step - 1}: not saved, the last is kept"
+                )
+        self._checkpoints.save(self.step, self._state(), self._run())
+        self._saved_step = self.step
+        self._save_copies()
+
+    def _save_copies(self) -> None:
+        """best.safetensors and history.csv, as the checkpoint just written or read has them."""
+        folder = self._checkpoints.folder
+        if self.best is not None and self._saved_best != self.best["step"]:
+            tensors, tree = pack(self.best["weights"])
+            about = {"step": self.best["step"], "value": self.best["value"], "monitor": self.monitor}
+            save_tensors(folder / "best.safetensors", tensors, {**about, "state": tree})
+            self._saved_best = self.best["step"]
+        save_history(folder / "history.csv", self.history)
+
+    def _resume(self, resume: str | bool) -> None:
+        folder, found = self._checkpoints.folder, bool(self._checkpoints.paths())
+        if resume is True and not found:
+            raise FileNotFoundError(f"resume=True needs a checkpoint, and folder {folder} holds none")
+        if resume is False and found:
+            raise FileExistsError(f"checkpoint folder {folder} holds a run: choose another, or resume it")
+        if not found:
+            return
+        state, run = self._checkpoints.load()
+        if differing := differences(run, self._run()):
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ValueError(f"checkpoint folder {folder} holds another run: {'; '.join(differing[:3])}{more}")
+        self.step, self._seconds = state["step"], state["seconds"]
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self._random = state["random"]
+        self.monitor, self.best, self._without_better = state["monitor"], state["best"], state["without_better"]
+        self.history, self._losses, self._accuracies = state["history"], state["losses"], state["accuracies"]
+        self._saved_step = self.step
+        self._save_copies()
+
+
+def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
+    if callable(scheduler) and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        scheduler = scheduler(optimizer)
+    if scheduler is None:
+        return None
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError("scheduler must step without a metric, got ReduceLROnPlateau")
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise TypeError(f"scheduler must be a torch scheduler or a callable giving one, got {type(scheduler).__name__}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler must belong to the trainer's optimizer, got one of another optimizer")
+    return scheduler

@@ -1,0 +1,233 @@
+"""Checkpoints: what a folder holds, what is refused, what a damaged file does."""
+
+import errno
+import os
+import re
+
+import pytest
+import torch
+
+from mtml_fast.files import load_tensors
+from mtml_fast.trainers.checkpoint import Checkpoints, differences, pack, unpack
+
+from .runs import Lines, Pooled, make
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_a_folder_holds_the_last_two_and_the_copies(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "runs" / "deep"
+    make(folder).fit(23)
+    assert names(folder) == [
+        "best.safetensors",
+        "curves.png",
+        "history.csv",
+        "step-00000020.safetensors",
+        "step-00000023.safetensors",
+    ]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "history.csv").read_text().startswith("step,train_loss,train_accuracy,validation,")
+
+
+def test_a_tree_is_packed_and_unpacked_as_it_was():
+    tree = {
+        "a": [1, 2.5, None, True, "x", (), {}],
+        "betas": (0.9, (0.999, torch.ones(1))),
+        "state": {0: {"step": torch.tensor(3.0)}, 1: []},
+        "tensor": {"dict": {"tuple": torch.zeros(2)}},
+    }
+    tensors, json_tree = pack(tree)
+    assert set(tensors) == {"betas.1.1", "state.0.step", "tensor.dict.tuple"}
+    assert str(unpack(tensors, json_tree)) == str(tree)
+    for bad, message in (
+        ({"a": {1.5: 0}}, r"a must have str or int keys, got 1\.5"),
+        ({"a": [print]}, r"a\.0 must be"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            pack(bad)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True),
+        lambda p, lr: torch.optim.Adam(p, lr, fused=True),
+        lambda p, lr: torch.optim.AdamW(p, lr, amsgrad=True),
+        lambda p, lr: torch.optim.Adagrad(p, lr),
+        lambda p, lr: torch.optim.RMSprop(p, lr, centered=True),
+        lambda p, lr: torch.optim.Adam([{"params": p[:2]}, {"params": p[2:], "lr": lr / 2}], lr),
+    ],
+)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        None,
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [3, 7]),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o,
+            [
+                torch.optim.lr_scheduler.LinearLR(o, 0.1),
+                torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 50, cycle_momentum=False),
+            ],
+            [6],
+        ),
+    ],
+)
+# SequentialLR itself calls its schedulers in the deprecated way
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+def test_every_optimizer_and_scheduler_resumes_to_the_same_bits(tmp_path, optimizer, scheduler):
+    options = {"optimizer": optimizer, "scheduler": scheduler, "clip_grad": None}
+    whole = make(tmp_path / "a", **options).fit(12)
+    make(tmp_path / "b", **options).fit(5)
+    resumed = make(tmp_path / "b", **options)
+    assert resumed.step == 5
+    resumed.fit(12)
+    for a, b in zip(whole.algorithm.state_dict().values(), resumed.algorithm.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert str(whole.optimizer.state_dict()) == str(resumed.optimizer.state_dict())
+
+
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path):
+    whole = make(tmp_path / "a").fit(20)
+    make(tmp_path / "b").fit(15)
+    newest = tmp_path / "b" / "step-00000015.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 4
+    newest.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match=r"step-00000015\.safetensors is damaged.*going on from step-00000010"):
+        trainer = make(tmp_path / "b")
+    assert trainer.step == 10
+    trainer.fit(20)
+    for a, b in zip(whole.algorithm.parameters(), trainer.algorithm.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "step-00000015.safetensors.damaged" in names(tmp_path / "b")
+
+
+def test_no_whole_checkpoint_is_one_clear_line(tmp_path):
+    make(tmp_path).fit(10)
+    for path in tmp_path.glob("step-*"):
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"holds no checkpoint that is whole: .*damaged"):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta_batch": 4}, "holds another run: meta_batch was 3, is 4"),
+        ({"meta_lr": 0.02}, r"holds another run: meta_lr was 0\.01, is 0\.02"),
+        ({"scheduler": None}, "scheduler was CosineAnnealingLR, is absent"),
+        ({"clip_grad": None}, r"clip_grad was 1\.0, is absent"),
+        ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr)}, "optimizer was Adam, is SGD"),
+    ],
+)
+def test_another_run_is_refused_naming_what_differs(tmp_path, changes, message):
+    make(tmp_path).fit(1)
+    with pytest.raises(ValueError, match=message) as error:
+        make(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+    assert make(tmp_path).step == 1
+
+
+def test_another_model_or_data_set_is_refused_naming_what_differs(tmp_path, monkeypatch):
+    make(tmp_path).fit(1)
+    with monkeypatch.context() as patch:
+        patch.setitem(make.__globals__, "Lines", lambda *args, **kwargs: Lines(seed=7))
+        with pytest.raises(ValueError, match="tasks was lines seed=0, is lines seed=7; seed was 0, is 7"):
+            make(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(make.__globals__, "Pooled", lambda: Pooled(width=9))
+        message = r"parameter net\.0\.weight was \[8, 1\] torch\.float32, is \[9, 1\] torch\.float32; .* and \d+ more"
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path)
+
+
+def test_differences_names_what_is_missing_on_either_side():
+    assert differences({"a": 1, "p": {"x": "s", "y": "s"}}, {"p": {"x": "t", "z": "s"}, "b": 2}) == [
+        "p x was s, is t",
+        "p z was absent, is s",
+        "p y was s, is absent",
+        "b was absent, is 2",
+        "a was 1, is absent",
+    ]
+
+
+def test_resume_false_and_true_insist(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"resume=True needs a checkpoint, and folder .* holds none"):
+        make(tmp_path / "new", resume=True)
+    make(tmp_path / "run").fit(2)
+    with pytest.raises(FileExistsError, match=r"checkpoint folder .*run holds a run: choose another, or resume it"):
+        make(tmp_path / "run", resume=False)
+    assert make(tmp_path / "run", resume=True).step == 2
+
+
+def test_a_folder_with_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "history.csv").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds a history\.csv but no checkpoint"):
+        make(tmp_path)
+    assert (tmp_path / "history.csv").read_text() == "mine"
+
+
+def test_an_unusable_folder_is_one_line_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"checkpoint folder .*file/run cannot be written: Not a directory"):
+        make(tmp_path / "file" / "run")
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        with pytest.raises(PermissionError, match="cannot be written: Permission denied"):
+            make(tmp_path / "run")
+        tmp_path.chmod(0o700)
+
+
+def full_disk(monkeypatch, after):
+    """The disk has room for `after` more writes."""
+    left = [after]
+    fsync = os.fsync
+
+    def full(descriptor):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
+def test_a_full_disk_shows_before_the_first_step(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    full_disk(monkeypatch, 0)
+    with pytest.raises(OSError, match=r"step-00000000\.safetensors cannot be written: No space left on device"):
+        trainer.fit(10)
+    assert trainer.step == 0
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("room", range(2, 17))
+def test_a_disk_that_fills_up_loses_no_checkpoint(tmp_path, monkeypatch, room):
+    with monkeypatch.context() as patch:
+        full_disk(patch, room)
+        with pytest.raises(OSError, match="cannot be written: No space left on device"):
+            make(tmp_path).fit(20)
+    for path in tmp_path.glob("*.safetensors"):
+        load_tensors(path)
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    resumed, whole = make(tmp_path).fit(20), make().fit(20)
+    for a, b in zip(whole.algorithm.parameters(), resumed.algorithm.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    make(tmp_path).fit(2)
+    (tmp_path / ".step-00000005.safetensors.123.tmp").write_bytes(b"half")
+    (tmp_path / ".history.csv.123.tmp").write_bytes(b"half")
+    (tmp_path / ".mine.tmp").write_bytes(b"not ours")
+    make(tmp_path)
+    assert [name for name in names(tmp_path) if name.startswith(".")] == [".mine.tmp"]
+
+
+def test_loading_from_an_empty_folder_is_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} holds no checkpoint")):
+        Checkpoints(tmp_path).load()
