@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mtml_fast.nn.task_heads import TaskHeads
 from mtml_fast.nn.task_stack import TaskStack, reset_parameters
+from mtml_fast.ops import _check
 from mtml_fast.tasks import TaskRows
 
 __all__ = ["Entries", "MetaLearner", "TaskModule"]
@@ -76,8 +77,7 @@ class MetaLearner(nn.Module):
         task_module: nn.Module | Sequence[nn.Module] | Callable[..., nn.Module] | None = None,
     ):
         super().__init__()
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"num_tasks must be a positive integer, got {num_tasks!r}")
+        _check.number("num_tasks", num_tasks, low=1, integer=True)
         if trunk is not None and not isinstance(trunk, nn.Module):
             raise TypeError(f"trunk must be an nn.Module, got {type(trunk).__name__}")
         self.trunk = trunk
@@ -128,10 +128,10 @@ class MetaLearner(nn.Module):
         """
         return self.head_outputs(self.features(self.entries(inputs, tasks)))
 
-    def entries(self, inputs, tasks=None) -> Entries:
-        """The entries of a call, checked; arguments as for `forward`."""
+    def entries(self, inputs, tasks=None, *, num_tasks: int | None = None) -> Entries:
+        """The entries of a call, checked; arguments as for `forward`, and the number of tasks if it is not T."""
         like = next(p for p in [*self.parameters(), torch.zeros(0)] if p.is_floating_point())
-        return _entries(inputs, tasks, self.num_tasks, like)
+        return _entries(inputs, tasks, num_tasks or self.num_tasks, like)
 
     def features(self, entries: Entries) -> Entries:
         """The entries after the trunk."""

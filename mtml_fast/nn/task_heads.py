@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mtml_fast.ops import heads, heads_loss
+from mtml_fast.ops import _check, heads, heads_loss
 from mtml_fast.tasks import TaskRows
 
 __all__ = ["TaskHeads"]
@@ -72,12 +72,12 @@ class TaskHeads(nn.Module):
         super().__init__()
         if not isinstance(out_features, (list, tuple)) or not out_features:
             raise TypeError(f"out_features must be a list of one width a task, got {out_features!r}")
-        for name, width in (("in_features", in_features), ("hidden", hidden)):
-            _check_width(name, width)
-        for t, width in enumerate(out_features):
-            _check_width(f"out_features[{t}]", width)
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, _ACTIVATIONS))}, got {activation!r}")
+        widths = {"in_features": in_features, "hidden": hidden}
+        widths |= {f"out_features[{t}]": width for t, width in enumerate(out_features)}
+        for name, width in widths.items():
+            if width is not None:
+                _check.number(name, width, low=1, integer=True)
+        _check.choice("activation", activation, tuple(_ACTIVATIONS))
         self.in_features, self.out_features = in_features, list(out_features)
         self.hidden, self.activation = hidden, activation
         for name, exists in (
@@ -190,13 +190,13 @@ class TaskHeads(nn.Module):
         layers = [self._layers(t, module) for t, module in enumerate(modules)]
         if self.is_lazy:
             self.materialize(layers[0][0].in_features, [each[-1].out_features for each in layers])
-        for t, (first, *_, last) in enumerate(layers):
-            widths = [first.in_features, last.out_features]
-            expected = [self.in_features, self.out_features[t]]
-            if self.hidden is not None:
-                widths.insert(1, first.out_features)
-                expected.insert(1, self.hidden)
+        for t, each in enumerate(layers):
+            first, last = each[0], each[-1]
+            # of a linear head, whose only layer is both, the hidden width is not asked for
+            widths = [first.in_features, first.out_features if self.hidden else None, last.out_features]
+            expected = [self.in_features, self.hidden, self.out_features[t]]
             if widths != expected or (last.bias is None) != (self.bias is None):
+                expected = [width for width in expected if width is not None]
                 bias = "without" if self.bias is None else "with"
                 got = _line(modules[t])
                 raise ValueError(f"modules[{t}] must have the widths {expected} {bias} bias, got {got}")
@@ -305,11 +305,6 @@ class TaskHeads(nn.Module):
 
     def _fits(self, widths: Sequence[int]) -> bool:
         return all(known in (None, width) for known, width in zip(self.out_features, widths, strict=True))
-
-
-def _check_width(name: str, width: int | None) -> None:
-    if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 1):
-        raise ValueError(f"{name} must be a positive integer or None, got {width!r}")
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

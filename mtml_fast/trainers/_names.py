@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mtml_fast.ops import _check
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -71,8 +72,7 @@ def optimizer(value, params: Iterable[Tensor], lr: float | None = None) -> torch
         return value
     if lr is None:
         lr = 1e-2 if value == "sgd" else 1e-3
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not math.isfinite(lr) or lr <= 0:
-        raise ValueError(f"lr must be a finite number above 0, got {lr!r}")
+    _check.number("lr", lr, low=0, exclusive=True)
     made = _named("optimizer", value, OPTIMIZERS)(params, lr)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(made).__name__}")
