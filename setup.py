@@ -20,7 +20,6 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH, TORCH_ABI = (2, 11), "0x020b000000000000"
 
 # contraction into FMA is asked for, so that every compiler does it; the core's vectors are explicit, and vectorising
 # their scalar rests too makes avx512.cpp 144 KB and 7 s instead of 63 KB and 2 s
@@ -28,15 +27,14 @@ FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-psabi "
     "-ffp-contract=fast -fno-math-errno -fno-tree-vectorize"
 )
-SHARED = ["csrc/isa/*.cpp", "csrc/build_info.cpp"]
-LIBRARIES = {
-    "mtml_fast._C_cpu": ["csrc/cpu/*.cpp", *SHARED],
-    "mtml_fast._numpy": ["csrc/numpy/*.cpp", *SHARED],
-}
 
 
-def version() -> str:
-    return re.search(r'^__version__ = "(.+)"', (ROOT / "mtml_fast/__init__.py").read_text(), re.M)[1]
+def library(name: str, folder: str) -> Extension:
+    """A native library: its own folder of csrc, and the core."""
+    patterns = (f"csrc/{folder}/*.cpp", "csrc/isa/*.cpp", "csrc/build_info.cpp")
+    sources = sorted(str(f.relative_to(ROOT)) for pattern in patterns for f in ROOT.glob(pattern))
+    # `depends` puts the headers into source distributions; ninja finds out by itself who includes them
+    return Extension(name, sources, depends=sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.h")))
 
 
 def find_torch() -> Path | None:
@@ -57,15 +55,15 @@ def compiler() -> list[str] | None:
 def wants_native() -> bool:
     """Whether to build; stops with one sentence where the answer is "yes, but it cannot be done"."""
     mode = os.environ.get("MTML_FAST_BUILD", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"mtml_fast: MTML_FAST_BUILD must be auto, 0 or 1, got {mode!r}")
     if mode == "0":
         return False
+    if mode not in ("auto", "1"):
+        raise SystemExit(f"mtml_fast: MTML_FAST_BUILD must be auto, 0 or 1, got {mode!r}")
     missing = None
     if not sys.platform.startswith("linux"):
-        missing = f"the native library is built on Linux only, this is {sys.platform}"
-    elif compiler() is None:
-        missing = f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}); install g++ or clang++"
+        missing = f"the native library is for Linux, this is {sys.platform}"
+    elif not compiler():
+        missing = f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r}): install g++ or clang++"
     if missing and mode == "1":
         raise SystemExit(f"mtml_fast: MTML_FAST_BUILD=1, but {missing}")
     if missing:
@@ -73,14 +71,11 @@ def wants_native() -> bool:
         return False
     torch = find_torch()
     if torch is None:
-        raise SystemExit(
-            "mtml_fast: found no torch to build against: run `pip install 'torch>=2.11'` first; where it is installed, "
-            "add --no-build-isolation; MTML_FAST_BUILD=0 builds pure Python"
-        )
-    found = re.search(r"__version__ = '(\d+)\.(\d+)[^']*'", (torch / "version.py").read_text())
-    if found is None or (int(found[1]), int(found[2])) < OLDEST_TORCH:
-        what = found[0] if found else "no version"
-        raise SystemExit(f"mtml_fast: needs torch>=2.11, got {what} in {torch.parent}: run `pip install -U torch`")
+        how = "run `pip install 'torch>=2.11'` first, and add --no-build-isolation where it is installed"
+        raise SystemExit(f"mtml_fast: found no torch to build against: {how}; MTML_FAST_BUILD=0 builds pure Python")
+    found = re.search(r"""(\d+)\.(\d+)[^'"]*""", (torch / "version.py").read_text())
+    if (int(found[1]), int(found[2])) < (2, 11):
+        raise SystemExit(f"mtml_fast: needs torch>=2.11, got {found[0]} in {torch.parent}: run `pip install -U torch`")
     return True
 
 
@@ -98,43 +93,48 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file())
+        # pip's ninja may lie beside an interpreter that is not on the PATH
+        ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
+        if not ninja:
+            raise SystemExit("mtml_fast: needs ninja: run `pip install ninja`")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([find_ninja(), "-C", str(folder), *jobs]).returncode:
+        if subprocess.run([ninja, "-C", str(folder), *jobs]).returncode:
             raise SystemExit("mtml_fast: the native build failed, see above; MTML_FAST_BUILD=0 builds pure Python")
-        for name in LIBRARIES:
-            target = Path(self.get_ext_fullpath(name))
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(str(folder / f"{name}.so"), str(target))
+            self.copy_file(str(folder / f"{extension.name}.so"), str(target))
 
     def ninja_file(self) -> str:
         import pybind11
 
         torch = find_torch()
+        version = re.search('__version__ = "(.+)"', (ROOT / "mtml_fast/__init__.py").read_text())[1]
         include = {
-            "csrc": f"-DMTML_FAST_VERSION='\"{version()}\"'",
-            "cpu": f"-DTORCH_TARGET_VERSION={TORCH_ABI} -isystem {quote(torch / 'include')}",
+            "csrc": f"-DMTML_FAST_VERSION='\"{version}\"'",
+            "cpu": f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {quote(torch / 'include')}",
             "numpy": f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_paths()['include'])}",
         }
         lines = [
             f"cxx = {shlex.join(compiler())}",
-            f"flags = {shlex.join(FLAGS)} -I{quote(ROOT / 'csrc')}",
+            # no path of this machine goes into the libraries
+            f"flags = {shlex.join(FLAGS)} -ffile-prefix-map={quote(ROOT)}/= -ffile-prefix-map={quote(torch)}=torch",
             "rule compile",
-            "  command = $cxx $flags $include -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
+            f"  command = $cxx $flags -I{quote(ROOT / 'csrc')} $include -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
             "rule link",
             # bound to its own symbols: both libraries hold the core
             "  command = $cxx -shared -Wl,-Bsymbolic $in -o $out $libs",
         ]
-        sources = {name: sorted(f for p in patterns for f in ROOT.glob(p)) for name, patterns in LIBRARIES.items()}
-        for source in sorted(set().union(*sources.values())):
-            path = re.sub("([$ :])", r"$\1", str(source))
-            flags = include.get(source.parent.name, "")
-            lines += [f"build {object_file(source)}: compile {path}", f"  include = {flags}"]
-        for name, files in sources.items():
-            # torch has loaded libtorch_cpu before us, so its name is enough: no path of this machine goes into the file
-            libs = f"-L{quote(torch / 'lib')} -ltorch_cpu" if name.endswith("_C_cpu") else ""
-            lines += [f"build {name}.so: link {' '.join(map(object_file, files))}", f"  libs = {libs}"]
+        for source in sorted({source for extension in self.extensions for source in extension.sources}):
+            path = re.sub("([$ :])", r"$\1", str(ROOT / source))
+            lines.append(f"build {object_file(source)}: compile {path}")
+            lines.append(f"  include = {include.get(Path(source).parent.name, '')}")
+        for extension in self.extensions:
+            # torch has loaded libtorch_cpu before us, so its name is enough: no path to it
+            libs = f"-L{quote(torch / 'lib')} -ltorch_cpu" if extension.name.endswith("_C_cpu") else ""
+            lines.append(f"build {extension.name}.so: link {' '.join(map(object_file, extension.sources))}")
+            lines.append(f"  libs = {libs}")
         return "\n".join(lines) + "\n"
 
 
@@ -142,18 +142,9 @@ def quote(path) -> str:
     return shlex.quote(str(path)).replace("$", "$$")
 
 
-def object_file(source: Path) -> str:
-    return f"{source.parent.name}-{source.stem}.o"
+def object_file(source: str) -> str:
+    return re.sub("[/.]", "-", source) + ".o"
 
 
-def find_ninja() -> str:
-    try:
-        import ninja
-
-        return os.path.join(ninja.BIN_DIR, "ninja")
-    except ImportError:
-        return shutil.which("ninja") or sys.exit("mtml_fast: needs ninja: run `pip install ninja`")
-
-
-extensions = [Extension(name, []) for name in LIBRARIES] if wants_native() else []
+extensions = [library("mtml_fast._C_cpu", "cpu"), library("mtml_fast._numpy", "numpy")] if wants_native() else []
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
