@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mtml_fast.ops import backend
 from mtml_fast.ops._define import Operator
-from mtml_fast.ops._route import has_kernel
 
 __all__ = ["BadInput", "Case", "Check", "assert_as_exact", "op_battery"]
 
@@ -125,7 +124,7 @@ def assert_as_exact(candidate: Tensor, eager: Tensor, exact: Tensor, what: str) 
 class _Battery:
     def __init__(self, function, operator, per_task, device):
         self.function, self.operator, self.per_task, self.device = function, operator, per_task, device
-        self.native = has_kernel(f"mtml_fast::{operator.name}", torch.device(device).type.upper())
+        self.native = operator.served_by(device) == "native"
 
     def values(self, case: Case) -> None:
         """Values and all gradients against the reference in float64, task by task where they have tasks."""

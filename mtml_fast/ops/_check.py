@@ -95,16 +95,21 @@ def rate(name: str, value, *, like: Tensor) -> Tensor:
 
 
 def labels(
-    name: str, value: Tensor, classes: int, class_mask: Tensor | None = None, task: Tensor | None = None
+    name: str,
+    value: Tensor,
+    classes: int | None,
+    class_mask: Tensor | None = None,
+    task: Tensor | None = None,
 ) -> None:
-    """int64 classes in [0, classes), and present in their task where there is a mask."""
+    """int64 classes in [0, classes), where their number is known, and present in their task where there is a mask."""
     if value.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 class labels, got {value.dtype}")
     if value.numel() == 0 or not readable(value):
         return
-    low, high = value.aminmax()
-    if low < 0 or high >= classes:
-        raise ValueError(f"{name} must be in 0..{classes - 1}, got {int(low if low < 0 else high)}")
+    low, high = map(int, value.aminmax())
+    if low < 0 or (classes is not None and high >= classes):
+        allowed = "0 or more" if classes is None else f"in 0..{classes - 1}"
+        raise ValueError(f"{name} must be {allowed}, got {low if low < 0 else high}")
     if class_mask is not None:
         absent = ~class_mask[task, value.flatten()]
         if absent.any():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.ops._library import LIB
-from mtml_fast.ops._route import needs_reference, ordinary_dispatch
+from mtml_fast.ops._route import has_kernel, needs_reference, ordinary_dispatch
 
 # every operator by name: what the environment report and the battery walk through
 OPERATORS: dict[str, Operator] = {}
@@ -39,6 +39,12 @@ class Operator:
         if needs_reference():
             return self.reference(*args)
         return self.forward(*args)
+
+    def served_by(self, device: str | torch.device) -> str:
+        """Who serves forward and backward on a device: "native" or "reference"."""
+        key = torch.device(device).type.upper()
+        names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
+        return "native" if all(has_kernel(name, key) for name in names) else "reference"
 
 
 def define_op(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtml_fast.ops import _check
 from mtml_fast.ops._define import define_op
+from mtml_fast.ops._rates import rate_list
 from mtml_fast.ops.heads.reference import ACTIVATIONS
 from mtml_fast.ops.heads_loss.reference import LOSSES
 from mtml_fast.ops.mlp_adapt import reference
@@ -160,9 +161,10 @@ def mlp_adapt(
     elif len(adapted) != len(params):
         raise ValueError(f"adapted must hold one bool for each of the {len(params)} params, got {len(adapted)}")
 
+    per_layer = 1 + bias + 2 * norm
     outputs, losses, fast = OPERATOR(
         params,
-        _rates(lr, steps, shapes, 1 + bias + 2 * norm, like=params[0]),
+        rate_list(lr, steps, shapes, [i // per_layer for i in range(len(params))], like=params[0]),
         support_x,
         support_y,
         query_x,
@@ -249,30 +251,3 @@ def _targets(name, y, x, offsets, loss, classes, class_mask) -> Tensor:
     _check.floating(name, y, like=x, like_name="its rows")
     _check.shape(name, y, *rows, ("C", classes))
     return y
-
-
-def _rates(lr, steps: int, shapes: list[torch.Size], per_layer: int, like: Tensor) -> list[Tensor]:
-    """One table [1 or K, 1 or len(params)], or one tensor a parameter [1 or K, *shape]."""
-    if isinstance(lr, (list, tuple)):
-        if len(lr) != len(shapes):
-            raise ValueError(f"lr must hold one tensor for each of the {len(shapes)} params, got {len(lr)}")
-        rates = []
-        for i, (rate, own) in enumerate(zip(lr, shapes, strict=True)):
-            rate = _check.rate(f"lr[{i}]", rate, like=like)
-            rate = rate.expand(1, *own) if rate.dim() == 0 or rate.shape == own else rate
-            if rate.shape[1:] != own or not (rate.shape[0] == 1 or rate.shape[0] >= steps):
-                allowed = f"[], {list(own)} or [1 or K={steps}, {', '.join(map(str, own))}]"
-                raise ValueError(f"lr[{i}] must have shape {allowed}, got {list(rate.shape)}")
-            rates.append(rate)
-        return rates
-    rate = _check.rate("lr", lr, like=like)
-    given = list(rate.shape)
-    rate = rate.reshape(-1, 1) if rate.dim() < 2 else rate
-    layers = -(-len(shapes) // per_layer)
-    columns = (1, layers, len(shapes))
-    if rate.dim() > 2 or rate.shape[1] not in columns or not (rate.shape[0] == 1 or rate.shape[0] >= steps):
-        allowed = f"[], [K={steps}] or [1 or K={steps}, {layers} layers or {len(shapes)} params]"
-        raise ValueError(f"lr must have shape {allowed}, got {given}")
-    if rate.shape[1] == layers and layers not in (1, len(shapes)):
-        rate = rate[:, torch.arange(len(shapes), device=rate.device) // per_layer]
-    return [rate]
