@@ -304,10 +304,10 @@ class _Battery:
                 return sum((a * w).sum() for a, w in zip(call(*values), weights, strict=True))
 
             plain = torch.autograd.grad(scalar(*inputs), inputs)
-            torch._dynamo.reset()
+            torch.compiler.reset()
             compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
             _close(torch.autograd.grad(compiled(*inputs), inputs), plain, "compile")
-            torch._dynamo.reset()
+            torch.compiler.reset()
             places = tuple(range(len(inputs)))
             compiled = torch.compile(torch.func.grad(scalar, argnums=places), backend="aot_eager", fullgraph=True)
             _close(compiled(*(t.detach() for t in inputs)), plain, "compile(func.grad)")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from mtml_fast.ops._route import TorchDispatchMode
 
 
 def forward_cost(call: Callable[[], Tensor]) -> tuple[int, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mtml_fast.inner.batch_statistics import BatchStatistics
 from mtml_fast.inner.cost import forward_cost
+from mtml_fast.inner.exact_norms import ExactNorms
 from mtml_fast.inner.loop import InnerLoop, masked_outputs, mean_loss
 from mtml_fast.ops import _check, sgd_step
 from mtml_fast.ops.mlp_adapt.reference import rate_at
@@ -18,6 +21,17 @@ from mtml_fast.tasks import TaskBatch, TaskRows
 
 # what the intermediate results of one chunk of tasks may take, where the user gives no number of tasks
 MEMORY = 2 << 30
+
+
+@dataclass
+class _Known:
+    """What has been found out about a model."""
+
+    batchable: bool = True  # whether vmap can take it
+    bytes: dict[tuple, int] = field(default_factory=dict)  # what a task of these shapes takes
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 class FunctionalPlan:
@@ -28,7 +42,7 @@ class FunctionalPlan:
     def __init__(self, model: nn.Module, inner: InnerLoop, why: str):
         self.model, self.inner, self.why = model, inner, why
         self.names = inner.adapted_names(model)
-        self._bytes: dict[tuple, int] = {}
+        self._known = _KNOWN.setdefault(model, _Known())
 
     def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Query outputs [T, Q, C] or [R, C], and the tasks' query losses [T]."""
@@ -45,7 +59,7 @@ class FunctionalPlan:
                 losses.add(tasks, z.new_zeros(z.shape[0]))
             else:
                 mean = lambda z, y, m: mean_loss(support_loss, z, y, m)  # noqa: E731
-                losses.add(tasks, self._guarded(mean, (0, 0, None if mask is None else 0), z, query.y, mask))
+                losses.add(tasks, self._map(mean, (0, 0, None if mask is None else 0), z, query.y, mask))
             shape = None if mask is None else mask.reshape(mask.shape[0], *[1] * (z.dim() - 2), mask.shape[1])
             outputs.add(tasks, masked_outputs(z, shape, inner.loss or support_loss))
         return outputs.rows(), losses.tasks()
@@ -109,7 +123,7 @@ class FunctionalPlan:
 
         for k in range(inner.steps):
             in_dims = (0 if per_task else None, 0, 0, None if mask is None else 0)
-            grads = self._guarded(grad(task_loss), in_dims, theta, support.x, support.y, mask)
+            grads = self._map(grad(task_loss), in_dims, theta, support.x, support.y, mask)
             if inner.first_order:
                 grads = {name: g.detach() for name, g in grads.items()}
             if not per_task:
@@ -136,34 +150,49 @@ class FunctionalPlan:
             return []
 
         def record(values, x):
-            with BatchStatistics("record") as recorder:
+            with ExactNorms("record") as recorder:
                 functional_call(self.model, self._state(values), (x,))
             return recorder.statistics
 
-        return vmap(record, randomness="different")(theta, support.x)
+        return self._map(record, (0, 0), theta, support.x)
 
     def _forward(self, theta: dict[str, Tensor], statistics: list, x: Tensor) -> Tensor:
-        return vmap(self._call, in_dims=(0, 0, 0 if statistics else None), randomness="different")(theta, x, statistics)
+        return self._map(self._call, (0, 0, 0 if statistics else None), theta, x, statistics)
 
     def _call(self, values: dict[str, Tensor], x: Tensor, statistics: list | None = None) -> Tensor:
         """One task's rows [N, ...] through the model with these parameters."""
         policy = "running" if self.inner.batch_stats == "running" else ("replay" if statistics else "own")
         # attention by its plain formula: the fused kernels have no batching rule and no second derivative
-        with BatchStatistics(policy, statistics), sdpa_kernel(SDPBackend.MATH):
+        with ExactNorms(policy, statistics), sdpa_kernel(SDPBackend.MATH):
             return functional_call(self.model, self._state(values), (x,))
 
     def _state(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         # buffers as copies: a batch norm in train mode counts its calls in one
         return {**values, **{name: buffer.clone() for name, buffer in self.model.named_buffers()}}
 
-    def _guarded(self, function: Callable, in_dims: tuple, theta_or_outputs, x_or_y, *rest) -> Tensor:
-        """vmap; where torch reports a class out of bounds, one line that names it instead."""
-        try:
-            return vmap(function, in_dims=in_dims, randomness="different")(theta_or_outputs, x_or_y, *rest)
-        except (IndexError, RuntimeError) as error:
-            if "out of bounds" not in str(error):
-                raise
-            raise ValueError(f"y must be a class among the model's outputs: {error}") from None
+    def _map(self, function: Callable, in_dims: tuple, *args):
+        """function over the task axis of its arguments: by vmap, or task by task for a model that vmap cannot take."""
+        if self._known.batchable:
+            try:
+                return vmap(function, in_dims=in_dims, randomness="different")(*args)
+            except (IndexError, RuntimeError) as error:
+                if "out of bounds" in str(error):
+                    raise ValueError(f"y must be a class among the model's outputs: {error}") from None
+                reason = str(error).splitlines()[0]
+        taken = [
+            [_task(arg, t) if dim == 0 else arg for arg, dim in zip(args, in_dims, strict=True)]
+            for t in range(next(arg.shape[0] for arg in args[1:] if isinstance(arg, Tensor)))
+        ]
+        results = _stacked([function(*arguments) for arguments in taken])
+        if self._known.batchable:
+            # the loop got through where vmap did not, so it is vmap that cannot take the model
+            self._known.batchable = False
+            warnings.warn(
+                f"{type(self.model).__name__} runs one task after the other, torch.func.vmap cannot take it: {reason}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return results
 
     def _chunks(self, support: TaskRows, query: TaskRows) -> Iterator[list[int]]:
         """Tasks of equal sizes, at most as many at a time as fit."""
@@ -184,15 +213,31 @@ class FunctionalPlan:
     def _fitting(self, support: TaskRows, query: TaskRows, task: list[int]) -> int:
         rows = [_rectangle(part, task).x[0] for part in (support, query)]
         key = tuple(x.shape for x in rows)
-        if key not in self._bytes:
+        if key not in self._known.bytes:
             # the transients of one step: forward, backward, and backward through that
-            self._bytes[key] = 3 * self._forward_cost(rows[0])[1] + self._forward_cost(rows[1])[1]
-        return max(1, MEMORY // max(1, self._bytes[key]))
+            self._known.bytes[key] = 3 * self._forward_cost(rows[0])[1] + self._forward_cost(rows[1])[1]
+        return max(1, MEMORY // max(1, self._known.bytes[key]))
 
     def _forward_cost(self, x: Tensor) -> tuple[int, int]:
         values = {name: p for name, p in self.model.named_parameters() if name in self.names}
         with torch.no_grad():
             return forward_cost(lambda: self._call(values, x))
+
+
+def _task(value, t: int):
+    """Task t of tensors [T, ...], of a dict or of a list of them."""
+    if isinstance(value, dict):
+        return {name: v[t] for name, v in value.items()}
+    return [_task(v, t) for v in value] if isinstance(value, (list, tuple)) else value[t]
+
+
+def _stacked(results: list):
+    """The tasks' results as tensors [T, ...], as one dict or as one list of them."""
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    if isinstance(results[0], dict):
+        return {name: _stacked([result[name] for result in results]) for name in results[0]}
+    return [_stacked(list(parts)) for parts in zip(*results, strict=True)]
 
 
 class _Collected:

@@ -13,6 +13,10 @@ from mtml_fast.ops import mlp_adapt
 from mtml_fast.ops.mlp_adapt import MLPAdapted
 from mtml_fast.tasks import TaskBatch, TaskRows
 
+# layers whose answer to a row depends on the other rows of a batch, or on chance
+MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+MIXING += (nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 class MLPPlan:
     """All tasks and all steps in one operator."""
@@ -47,9 +51,8 @@ class MLPPlan:
         if len(children) < 2 or type(children[-1][1]) is not nn.Linear:
             return f"{reason}, and no nn.Sequential that ends with a linear head"
         body = nn.Sequential(*(child for _, child in children[:-1]))
-        mixing = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
         for module in body.modules():
-            if isinstance(module, mixing):
+            if isinstance(module, MIXING):
                 return f"the body has {type(module).__name__}, which mixes rows or draws at random"
         name, head = children[-1]
         form = mlp_form(head)

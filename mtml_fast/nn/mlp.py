@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mtml_fast.ops._route import has_hooks
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -108,7 +110,7 @@ def mlp_form(model: nn.Module) -> MLPForm | str:
     biases = {modules[i].bias is None for i in linears}
     if len(biases) > 1:
         return "some of its layers have a bias and others none"
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations") for m in (model, *modules)):
+    if any(has_hooks(m) or hasattr(m, "parametrizations") for m in (model, *modules)):
         return "it has hooks or parametrizations"
     named = [
         (f"{name}.{key}" if name else key, parameter)

@@ -2,7 +2,8 @@
 
 The dispatcher chooses between devices and between native code and the reference. One question is left to Python: under
 functorch transforms and forward-mode AD a registered backward formula is refused or silently wrong, so those calls go
-to the reference, which torch differentiates itself. This is the only file that uses private names of torch.
+to the reference, which torch differentiates itself. This is the only file that uses private names of torch; whoever
+needs one finds it here under a public one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _backend = "auto"
@@ -69,3 +72,8 @@ def ordinary_dispatch() -> Iterator[None]:
 def has_kernel(name: str, key: str) -> bool:
     """Whether operator `name` has its own kernel for a dispatch key such as "CPU"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
