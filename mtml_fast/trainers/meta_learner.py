@@ -1,0 +1,306 @@
+"""MetaLearnerTrainer: trains a MetaLearner on all its tasks, meta-trains it, and adapts it to new tasks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtml_fast.nn.meta_learner import Entries, MetaLearner
+from mtml_fast.nn.task_heads import TaskHeads
+from mtml_fast.nn.task_stack import TaskStack
+from mtml_fast.ops import _check
+from mtml_fast.trainers import _names
+from mtml_fast.trainers._inner import Objective, adapted_losses, split_rows
+from mtml_fast.trainers._new_tasks import learner_of_new_tasks
+from mtml_fast.trainers._steps import descend
+from mtml_fast.trainers.interrupts import Interrupts
+from mtml_fast.trainers.progress import Progress
+
+__all__ = ["MetaLearnerTrainer"]
+
+
+class MetaLearnerTrainer:
+    r"""Trains a MetaLearner; the loss is the sum over the entries of each one's mean loss.
+
+    .. math::
+        L = \sum_i \frac{1}{N_i} \sum_n \ell\bigl(f_{t_i}(g(x_{i,n})),\, y_{i,n}\bigr)
+
+    The articles' four steps are `initialize`, `pretrain` (all tasks jointly), `meta_train` (each task's module learns
+    to adapt within a few steps) and `adapt` (new tasks). A task that is absent from a call stays exactly as it is.
+
+    Args:
+        learner: the MetaLearner.
+        num_tasks: its number of tasks.
+        lr: the rate of the optimizer.
+        optimizer: a name (adam, adamw, nadam, radam, rmsprop, adagrad, sgd), a `callable(params, lr)` such as a torch
+            optimizer's class, or a torch optimizer that holds the learner's parameters.
+        loss: a name (cross_entropy, bce, mse, mae, huber) or a `callable(outputs, targets)` that gives a mean.
+            `None`: cross_entropy for integer targets, mse for floating ones.
+
+    Attributes: `task_losses [E]` of the last step or test, one mean loss an entry; `history`, a list of sums for each
+    of "train", "pretrain" and "meta_train", one number an epoch.
+
+    `inputs` and `tasks` are those of `MetaLearner.forward`. `targets` has the form of `inputs`, a list of one tensor an
+    entry or one tensor: int64 classes `[N]`, or floats `[N, O]` (`[N]` where O is one).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+        FloatingPointError: the loss is not finite; the step is not taken.
+
+    An interrupt (Ctrl-C) lets the running step finish and is raised then.
+
+    Example:
+        >>> learner = MetaLearner(num_tasks=2)
+        >>> trainer = MetaLearnerTrainer(learner, num_tasks=2)
+        >>> inputs, targets = torch.randn(2, 8, 3), torch.randn(2, 8, 1)
+        >>> first = trainer.train(inputs, [0, 1], targets, epochs=50)
+        >>> trainer.test(inputs, [0, 1], targets) < trainer.history["train"][0]
+        True
+    """
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        num_tasks: int,
+        *,
+        lr: float = 1e-3,
+        optimizer: str | Callable | torch.optim.Optimizer = "adam",
+        loss: str | Callable | None = None,
+    ):
+        if not isinstance(learner, MetaLearner):
+            raise TypeError(f"learner must be a MetaLearner, got {type(learner).__name__}")
+        if num_tasks != learner.num_tasks:
+            raise ValueError(f"num_tasks must be the learner's {learner.num_tasks}, got {num_tasks!r}")
+        self.learner = learner
+        self.optimizer = _names.optimizer(optimizer, learner.parameters(), lr)
+        self.task_losses: Tensor | None = None
+        self.history: dict[str, list[float]] = {"train": [], "pretrain": [], "meta_train": []}
+        self._loss = None if loss is None else _names.loss(loss)
+
+    def initialize(self, seed: int | None = None) -> None:
+        """New first values in the learner, a fresh optimizer state and an empty history.
+
+        Layers without `reset_parameters` keep their values. `seed` goes to `torch.manual_seed`.
+        """
+        if seed is not None:
+            torch.manual_seed(seed)
+        self.learner.reset_parameters()
+        self.optimizer.state.clear()
+        self.task_losses = None
+        for sums in self.history.values():
+            sums.clear()
+
+    def train(self, inputs, tasks, targets, epochs: int = 1) -> float:
+        """One optimizer step on all rows an epoch; the sum of the task losses before the last step."""
+        return self._train_jointly("train", inputs, tasks, targets, epochs)
+
+    def pretrain(self, inputs, tasks, targets, epochs: int = 100) -> float:
+        """All tasks jointly, trunk and heads: as `train`, with its own history."""
+        return self._train_jointly("pretrain", inputs, tasks, targets, epochs)
+
+    @torch.no_grad()
+    def test(self, inputs, tasks, targets) -> float:
+        """The sum of the task losses, in evaluation mode and without a gradient."""
+        entries, targets, loss = self._prepared(inputs, tasks, targets)
+        training = self.learner.training
+        self.learner.eval()
+        try:
+            self.task_losses = Objective(self.learner, loss)(self.learner.features(entries), targets)
+        finally:
+            self.learner.train(training)
+        return float(self.task_losses.sum())
+
+    def meta_train(
+        self,
+        inputs,
+        tasks,
+        targets,
+        epochs: int = 1,
+        *,
+        steps: int = 1,
+        lr: float = 0.01,
+        first_order: bool = False,
+        support: float = 0.5,
+        layers: str = "head",
+    ) -> float:
+        r"""Trains every task's module for what it becomes after a few steps on a part of its rows.
+
+        .. math::
+            \min_\theta \sum_t L_t^{query}(\theta_t^K), \qquad
+            \theta_t^{k+1} = \theta_t^k - \text{lr} \, \nabla L_t^{support}(\theta_t^k), \quad \theta_t^0 = \theta_t
+
+        Each epoch splits each task's rows anew, at random (torch's generator), and takes one optimizer step.
+
+        Args:
+            inputs, tasks, targets: as for `train`; each task at most once, with two rows or more.
+            steps: K.
+            lr: the rate of these steps.
+            first_order: leaves out the derivative of the inner gradient.
+            support: the share of the rows that the steps see; the other rows are the query.
+            layers: "head": the steps change the task modules, over the trunk; "all": each task also changes a copy of
+                the trunk of its own, with batch statistics of its own.
+
+        Returns:
+            The sum of the query losses before the last epoch's optimizer step.
+
+        Source: Finn, Abbeel and Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017;
+        "head" is ANIL, Raghu et al., "Rapid learning or feature reuse?", ICLR 2020.
+        """
+        _check_steps(steps, lr, layers)
+        _check.number("support", support, low=0, below=1, exclusive=True)
+        entries, targets, loss = self._prepared(inputs, tasks, targets)
+        for i, t in enumerate(entries.tasks):
+            if t in entries.tasks[:i]:
+                raise ValueError(f"tasks must hold each task once, got {t} twice")
+            if entries.single or entries.counts[i] < 2:
+                raise ValueError(f"inputs must have two rows or more of each task, got one of task {t}")
+        trunks = None
+        if layers == "all" and self.learner.trunk is not None:
+            trunks = TaskStack([self.learner.trunk] * len(entries.tasks))
+        objective = Objective(self.learner, loss, trunks)
+
+        def step() -> Tensor:
+            support_set, query_set = split_rows(entries, targets, support)
+            return adapted_losses(objective, support_set, query_set, steps=steps, lr=lr, first_order=first_order)
+
+        return self._run("meta_train", epochs, step, entries.tasks)
+
+    def adapt(
+        self,
+        inputs,
+        targets,
+        *,
+        layers: str = "head",
+        steps: int = 100,
+        lr: float = 0.01,
+        out_features: Sequence[int] | None = None,
+    ) -> MetaLearner:
+        """Learns new tasks from their rows, by gradient steps from what is learned; the learner itself stays as it is.
+
+        Each new task starts from the task module whose loss on its rows is the smallest, or from new values if none has
+        its number of outputs.
+
+        Args:
+            inputs: the rows of the new tasks, a list of `[N_i, D]` or one tensor `[T, N, D]`.
+            targets: theirs, in the same form.
+            layers: "head": a new output mapping for each task, over the trunk as it is; "all": a copy of the trunk for
+                each task learns too.
+            steps, lr: gradient steps on all rows of the task, and their rate.
+            out_features: the outputs of each new task; `None`: those of the targets.
+
+        Returns:
+            A MetaLearner of the new tasks, in evaluation mode: call it on their rows.
+        """
+        _check_steps(steps, lr, layers)
+        if isinstance(self.learner.heads, TaskHeads) and self.learner.heads.is_lazy:
+            raise RuntimeError("adapt must come after the learner's first call or training: it has no widths yet")
+        entries = self.learner.entries(inputs, range(len(inputs)), num_tasks=len(inputs))
+        if entries.single:
+            raise ValueError(
+                "inputs must be [T, N, D] or a list of [N, D], got rows without an axis for the task's rows"
+            )
+        targets = entries.arrange(targets)
+        loss = self._checked_loss(targets)
+        out_features = _widths(targets, loss) if out_features is None else list(out_features)
+        if len(out_features) != len(targets):
+            raise ValueError(f"out_features must be {len(targets)} widths, one a task, got {len(out_features)}")
+        if isinstance(self.learner.heads, TaskHeads):
+            targets = self._fitted(targets, entries.counts, out_features, loss)
+        learner = learner_of_new_tasks(self.learner, entries, targets, loss, out_features, layers == "all")
+        learner.heads.train()
+        features = learner.features(entries)
+        objective, optimizer = Objective(learner, loss), torch.optim.SGD(learner.heads.parameters(), lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            objective(features, targets).sum().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return learner.eval()
+
+    def _train_jointly(self, phase: str, inputs, tasks, targets, epochs: int) -> float:
+        entries, targets, loss = self._prepared(inputs, tasks, targets)
+        objective = Objective(self.learner, loss)
+        return self._run(phase, epochs, lambda: objective(self.learner.features(entries), targets), entries.tasks)
+
+    def _run(self, phase: str, epochs: int, losses: Callable[[], Tensor], tasks: Sequence[int]) -> float:
+        """One optimizer step an epoch on the sum of `losses()`; the last sum."""
+        _check.number("epochs", epochs, low=1, integer=True)
+        self.learner.train()
+        progress = Progress(0, epochs, enabled=epochs > 1)
+        epoch, total = 0, math.nan
+
+        def text() -> str:
+            return f"loss {total:.4g}"
+
+        try:
+            with Interrupts() as interrupts:
+                while epoch < epochs and interrupts.received is None:
+                    task_losses = losses()
+                    total = float(task_losses.detach().sum())
+                    if not math.isfinite(total):
+                        raise FloatingPointError(f"the loss of epoch {epoch + 1} is {total}; the step is not taken")
+                    descend(task_losses.sum(), self.optimizer, self.learner.heads, tasks)
+                    self.task_losses = task_losses.detach()
+                    self.history[phase].append(total)
+                    epoch += 1
+                    progress.step(epoch, time.perf_counter(), text)
+        finally:
+            progress.close(epoch, text)
+        interrupts.raise_received()
+        return total
+
+    def _prepared(self, inputs, tasks, targets) -> tuple[Entries, list[Tensor], Callable]:
+        """The entries of a call, the targets of each, and the loss; the learner's outputs get their widths."""
+        entries = self.learner.entries(inputs, tasks)
+        targets = entries.arrange(targets)
+        loss = self._checked_loss(targets)
+        if entries.single:
+            targets = [target.unsqueeze(0) for target in targets]
+        heads = self.learner.heads
+        if isinstance(heads, TaskHeads):
+            if None in heads.out_features:
+                given = dict(zip(entries.tasks, _widths(targets, loss), strict=True))
+                widest = max(given.values())
+                heads.out_features = [known or given.get(t, widest) for t, known in enumerate(heads.out_features)]
+            targets = self._fitted(targets, entries.counts, [heads.out_features[t] for t in entries.tasks], loss)
+        return entries, targets, loss
+
+    def _fitted(self, targets: list[Tensor], counts: list[int], widths: list[int], loss: Callable) -> list[Tensor]:
+        """The targets as the loss takes them beside outputs `[N, O]`."""
+        dtype = self.learner.heads.weight.dtype
+        return [
+            _names.fit_targets(f"targets[{i}]", target, [count, width], dtype, loss)
+            for i, (target, count, width) in enumerate(zip(targets, counts, widths, strict=True))
+        ]
+
+    def _checked_loss(self, targets: list[Tensor]) -> Callable:
+        """The loss for these targets, none of which may be NaN."""
+        floating = [target.is_floating_point() for target in targets]
+        if bool(torch.cat([target.flatten() for target in targets]).isnan().any()):
+            bad = next(i for i, target in enumerate(targets) if bool(target.isnan().any()))
+            raise ValueError(f"targets must not be NaN, got NaN in targets[{bad}]")
+        if self._loss is not None:
+            return self._loss
+        if any(floating) != all(floating):
+            raise TypeError("targets must be all integers (classes) or all floats, got both")
+        return F.mse_loss if floating[0] else F.cross_entropy
+
+
+def _check_steps(steps: int, lr: float, layers: str) -> None:
+    _check.number("steps", steps, low=1, integer=True)
+    _check.number("lr", lr, low=0, exclusive=True)
+    _check.choice("layers", layers, ("head", "all"))
+
+
+def _widths(targets: list[Tensor], loss: Callable) -> list[int]:
+    """How many outputs the targets `[N, ...]` of each entry ask for."""
+    elementwise = loss is not F.cross_entropy and loss in _names.LOSSES.values()
+    if elementwise or targets[0].is_floating_point():
+        return [target.shape[1] if target.dim() > 1 else 1 for target in targets]
+    # one number for all: that a class is missing among a task's rows says nothing
+    return [int(torch.cat([target.flatten() for target in targets]).max()) + 1] * len(targets)
