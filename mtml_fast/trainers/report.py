@@ -45,6 +45,7 @@ def save_curves(path: str | os.PathLike, rows: Sequence[dict], monitor: str | No
             axes.plot(*zip(*columns["validation"], strict=True), **style, label="validation")
         if name == "loss" and all(value > 0 for _, value in train):
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         axes.set_xlabel("meta-step")
         axes.set_ylabel("query loss" if name == "loss" else f"query {name}")
         axes.xaxis.set_major_locator(_few_ticks())
@@ -96,6 +97,15 @@ def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]
     width = max(1, len(points) // 50)
     groups = [points[i : i + width] for i in range(0, len(points), width)]
     return [tuple(sum(values) / len(group) for values in zip(*group, strict=True)) for group in groups]
+
+
+def _plain_ticks(axis) -> None:
+    """0.2, 0.5, 1, 2, ... on a logarithmic axis, which matplotlib would write as powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _few_ticks():

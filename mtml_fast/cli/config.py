@@ -1,0 +1,124 @@
+"""Config: the options that make a run, kept as config.json in its folder, and what they build."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtml_fast as mf
+from mtml_fast.files import write_atomically
+from mtml_fast.trainers.checkpoint import differences, load_best
+
+__all__ = ["Config", "check_option", "open_run"]
+
+_LEAST = {
+    "seed": 0,
+    "shots": 1,
+    "query_shots": 1,
+    "steps": 1,
+    "meta_batch": 1,
+    "eval_steps": 0,
+    "eval_tasks": 2,
+    "ways": 2,
+}
+_INPUTS = {"sinusoid": 1, "digits": 64, "omniglot": 784}
+
+# what may change between two uses of a run without changing the run
+_FREE = ("root", "eval_tasks")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment: data, model, algorithm and the outer loop; `ways` and `root` only where the data have them."""
+
+    experiment: str
+    seed: int
+    shots: int
+    query_shots: int
+    hidden: list[int]
+    norm: str | None
+    steps: int
+    lr: float
+    first_order: bool
+    meta_lr: float
+    meta_batch: int
+    eval_steps: int
+    eval_tasks: int
+    ways: int | None = None
+    root: str | None = None
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                check_option(name, getattr(self, name), least)
+        for name in ("lr", "meta_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{_option(name)} must be a finite number above 0, got {getattr(self, name)}")
+
+    def tasks(self, split: str, **changes: int) -> Any:
+        """The data set of one split; `changes`: other shots or query_shots."""
+        episodes = {"shots": self.shots, "query_shots": self.query_shots, "seed": self.seed, **changes}
+        if self.experiment == "sinusoid":
+            return mf.data.Sinusoid(**episodes)
+        if self.experiment == "digits":
+            return mf.data.Digits(split, ways=self.ways, **episodes)
+        return mf.data.Omniglot(self.root, split, ways=self.ways, **episodes)
+
+    @property
+    def loss(self) -> str:
+        return "mse" if self.experiment == "sinusoid" else "cross_entropy"
+
+    def algorithm(self) -> torch.nn.Module:
+        """The untrained algorithm; needs no data, and the same seed gives the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = mf.nn.mlp(_INPUTS[self.experiment], self.hidden, self.ways or 1, norm=self.norm)
+        return mf.MAML(model, lr=self.lr, steps=self.steps, loss=self.loss, first_order=self.first_order)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, or check that the one in the folder is of the same run."""
+        path = folder / "config.json"
+        if path.exists():
+            saved, here = asdict(_load(path)), asdict(self)
+            for name in _FREE:
+                del saved[name], here[name]
+            if differing := differences(saved, here):
+                raise ValueError(f"--out {folder} holds another run: {'; '.join(differing)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(self), indent=2).encode())
+
+
+def open_run(folder: Path, root: Path | None = None) -> tuple[Config, torch.nn.Module, int]:
+    """A run's config, its algorithm with the best weights, and the meta-step that they are from."""
+    config = _load(folder / "config.json")
+    if root is not None:
+        config = replace(config, root=str(root))
+    algorithm = config.algorithm()
+    return config, algorithm, load_best(algorithm, folder)
+
+
+def check_option(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{_option(name)} must be at least {least}, got {value}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _load(path: Path) -> Config:
+    if not path.exists():
+        raise FileNotFoundError(f"{path.parent} is not a run of mtml-fast train: it holds no config.json")
+    try:
+        values = json.loads(path.read_bytes())
+        known = {field.name for field in fields(Config)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown entry {unknown[0]!r}")
+        return Config(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,291 @@
+"""The command line: every verb from end to end, every error in one line, stopped and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mtml_fast as mf
+
+typer = pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+from mtml_fast.cli import main, report  # noqa: E402
+from mtml_fast.cli.config import open_run  # noqa: E402
+from mtml_fast.files import load_tensors  # noqa: E402
+
+
+def run(capsys, *arguments, code=0):
+    """Run a command; returns what it printed."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    if code:
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        return line
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", "digits", "--iterations", "60", "--eval-tasks", "20", "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sinusoid_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sinusoid"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_SPEED_SECONDS", 0.1)
+        assert main(["train", "--iterations", "5", "--eval-tasks", "10", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_version_and_help(capsys):
+    assert run(capsys, "--version").startswith(f"mtml_fast {mf.__version__}, torch {torch.__version__}")
+    for command in (
+        ["train"],
+        ["train", "sinusoid"],
+        ["train", "omniglot"],
+        ["train", "digits"],
+        ["evaluate"],
+        ["adapt"],
+    ):
+        text = run(capsys, *command, "--help")
+        assert "Usage: mtml-fast" in text
+        assert command == ["train"] or "Example: mtml-fast " + " ".join(command) in text
+    assert "Example: mtml-fast env" in run(capsys, "env", "--help")
+
+
+def test_env_prints_the_operators(capsys):
+    assert "mlp_adapt" in run(capsys, "env")
+
+
+def test_train_alone_is_the_sinusoid_experiment(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_SPEED_SECONDS", 0.1)
+    out = run(capsys, "train", "--iterations", 3, "--eval-tasks", 10, "--out", tmp_path)
+    assert re.search(r"^3 meta-steps, about \d+ s at [\d,]+ a second", out, re.M)
+    figures = re.search(r"^5 shots, published: MAML, 70,000 iterations(.*)$", out, re.M)[1]
+    assert figures.split() == ["0.67", "0.38", "0.35"]
+    assert re.search(r"^10 shots( +\d+\.\d\d \+- \d+\.\d\d){4}$", out, re.M)
+    assert re.search(r"^speed: [\d,]+ meta-steps a second, \d+\.\d times the [\d,]+ of the same loop", out, re.M)
+    for name in ("adapted.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    paper = {"shots": 10, "query_shots": 10, "hidden": [40, 40], "steps": 1, "lr": 0.01, "meta_lr": 1e-3}
+    assert {**saved, **paper, "meta_batch": 25} == saved
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_loop_it_is_compared_with_computes_the_same(sinusoid_run, steps, first_order):
+    config, _, _ = open_run(sinusoid_run)
+    config = report.replace(config, steps=steps, first_order=first_order)
+    maml = config.algorithm().double()
+    batch = config.tasks("train").sample(4).to(torch.float64)
+    ours = maml(batch).loss
+    gradients = torch.autograd.grad(ours, list(maml.parameters()))
+    theirs = report._functional_loss(maml.model, batch, config)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    for a, b in zip(gradients, torch.autograd.grad(theirs, list(maml.model.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_digits_run_ends_with_an_accuracy_and_evaluates_to_the_same(capsys, digits_run):
+    out = run(capsys, "evaluate", digits_run)
+    found = re.search(r"^test accuracy (0\.\d+) \+- 0\.\d+ over 20 tasks$", out, re.M)
+    # chance is a third; these few steps are enough to be clear of it
+    assert float(found[1]) > 0.45
+    again = run(capsys, "train", "digits", "--iterations", 60, "--eval-tasks", 20, "--out", digits_run)
+    assert found[0] in again
+    assert "meta-steps" not in again
+    assert "over 30 tasks" in run(capsys, "evaluate", digits_run, "--split", "validation", "--tasks", 30, "--steps", 1)
+
+
+def test_the_best_weights_are_evaluated(digits_run):
+    _, algorithm, step = open_run(digits_run)
+    tensors, metadata = load_tensors(digits_run / "best.safetensors")
+    assert step == metadata["step"] == 50
+    assert torch.equal(algorithm.model[0].weight, tensors["model.0.weight"])
+
+
+def test_evaluating_the_sinusoid_prints_its_table(capsys, sinusoid_run):
+    out = run(capsys, "evaluate", sinusoid_run, "--tasks", 8, "--steps", 2)
+    assert "2 steps" in out
+    assert "8 test tasks, weights of iteration 5" in out
+
+
+def test_another_run_in_the_folder_is_named(capsys, digits_run):
+    line = run(capsys, "train", "digits", "--out", digits_run, "--lr", 0.3, "--shots", 2, code=2)
+    assert line.endswith("holds another run: shots was 1, is 2; lr was 0.4, is 0.3")
+
+
+def test_omniglot_from_the_official_files(capsys, tmp_path):
+    root = os.environ.get("MTML_FAST_DATA")
+    if root is None:
+        pytest.skip("MTML_FAST_DATA names no folder with the official archives")
+    folder = tmp_path / "run"
+    options = ["--iterations", 2, "--eval-tasks", 10, "--out", folder]
+    out = run(capsys, "train", "omniglot", "--root", root, *options)
+    assert re.search(r"^published: MAML, no conv, 60,000 iterations +0\.897 \+- 0\.011$", out, re.M)
+    assert re.search(r"^test accuracy 0\.\d+ \+- 0\.\d+ over 10 tasks$", out, re.M)
+    line = run(capsys, "evaluate", folder, "--root", tmp_path, code=2)
+    assert "images_background" in line
+
+
+def digit_tasks():
+    tasks = mf.data.Digits("test", ways=3, shots=2, query_shots=3)
+    return tasks.sample(4)
+
+
+def test_adapt_to_the_users_tasks(capsys, tmp_path, digits_run):
+    batch = digit_tasks()
+    np.savez(tmp_path / "s.npz", x=batch.support.x.numpy(), y=batch.support.y.numpy())
+    np.savez(tmp_path / "q.npz", x=batch.query.x.numpy(), y=batch.query.y.numpy())
+    folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
+    out = run(capsys, "adapt", digits_run, *folders, "--steps", 2)
+    assert re.search(r"^query accuracy \d\.\d+ over all rows$", out, re.M)
+
+    _, algorithm, _ = open_run(digits_run)
+    adapted = algorithm.adapt(batch.support, steps=2)
+    predictions = np.load(tmp_path / "out" / "predictions.npz")
+    np.testing.assert_array_equal(predictions["outputs"], adapted(batch.query).numpy())
+    np.testing.assert_array_equal(predictions["classes"], predictions["outputs"].argmax(-1))
+    loaded = mf.Adapted.load(tmp_path / "out" / "adapted.safetensors", algorithm.model)
+    assert torch.equal(loaded(batch.query), adapted(batch.query))
+
+
+def test_adapt_to_tasks_of_different_sizes(capsys, tmp_path, sinusoid_run):
+    x, offsets = np.linspace(-5, 5, 9)[:, None], np.array([0, 4, 9])
+    np.savez(tmp_path / "s.npz", x=x, y=np.sin(x), offsets=offsets)
+    np.savez(tmp_path / "q.npz", x=x[:5], offsets=np.array([0, 2, 5]))
+    folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
+    out = run(capsys, "adapt", sinusoid_run, *folders)
+    assert "loss" not in out
+    predictions = np.load(tmp_path / "out" / "predictions.npz")
+    assert predictions["outputs"].shape == (5, 1)
+    assert predictions["offsets"].tolist() == [0, 2, 5]
+    assert "classes" not in predictions
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ({"x": np.zeros((2, 3, 64))}, r"s\.npz must hold an array 'y', got 'x'"),
+        ({"x": np.zeros((2, 3, 64)), "y": np.zeros((2, 3), int), "z": np.zeros(1)}, "x, y and offsets alone, got 'z'"),
+        (
+            {"x": np.zeros((2, 3, 64)), "y": np.zeros((2, 3))},
+            r"y in .*s\.npz must hold classes as integers, got float64",
+        ),
+        ({"x": np.array([["a"]]), "y": np.zeros((1, 1), int)}, r"x in .*s\.npz must hold numbers, got <U1"),
+        ({"x": np.zeros((2, 3, 64)), "y": np.zeros((2, 4), int)}, r"s\.npz: y must have the rows of x \[2, 3\]"),
+        ({"x": np.zeros((3, 3, 64)), "y": np.zeros((3, 3), int)}, "--query must hold the 3 tasks of --support, got 2"),
+        ({"x": np.zeros((2, 3, 63)), "y": np.zeros((2, 3), int)}, "63"),
+        ({"x": np.zeros((2, 3, 64)), "y": np.full((2, 3), 3)}, "got 3"),
+        (b"not an archive", r"s\.npz is not an npz file of arrays"),
+        (None, r"s\.npz does not exist"),
+    ],
+)
+def test_bad_files_for_adapt_are_one_line(capsys, tmp_path, digits_run, support, message):
+    if isinstance(support, dict):
+        np.savez(tmp_path / "s.npz", **support)
+    elif support is not None:
+        (tmp_path / "s.npz").write_bytes(support)
+    np.savez(tmp_path / "q.npz", x=np.zeros((2, 3, 64)))
+    folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
+    assert re.search(message, run(capsys, "adapt", digits_run, *folders, code=2))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["train", "bogus"], "No such command 'bogus'"),
+        (["train", "--bogus", "1"], "No such option: --bogus"),
+        (["train", "--iterations", "x"], "'--iterations'"),
+        (["train", "--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["train", "--minutes", "-1"], "--minutes must be above 0, got -1"),
+        (["train", "--lr", "nan"], "--lr must be a finite number above 0, got nan"),
+        (["train", "--meta-lr", "0"], r"--meta-lr must be a finite number above 0, got 0\.0"),
+        (["train", "--meta-batch", "0"], "--meta-batch must be at least 1, got 0"),
+        (["train", "--query-shots", "0"], "--query-shots must be at least 1, got 0"),
+        (["train", "--eval-tasks", "1"], "--eval-tasks must be at least 2, got 1"),
+        (["train", "--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["train", "--device", "nonsense"], "--device must be a device that torch can use here, got 'nonsense'"),
+        (["train", "digits", "--ways", "4"], "ways must be at most the number of classes, 3, got 4"),
+        (["train", "digits", "--norm", "layer"], "'--norm'.*'layer'"),
+        (["train", "omniglot"], "Missing option '--root'"),
+        (["train", "omniglot", "--root", "nowhere"], "images_background.*nowhere"),
+        (["evaluate"], "Missing argument 'RUN'"),
+        (["evaluate", "nowhere"], r"nowhere is not a run of mtml-fast train: it holds no config\.json"),
+        (["adapt", "nowhere", "--support", "a", "--query", "b", "--out", "c"], "nowhere is not a run"),
+    ],
+)
+def test_errors_are_one_line_with_the_name_and_the_value(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert re.search(message, run(capsys, *arguments, code=2), re.I)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_damaged_config_is_one_line(capsys, tmp_path):
+    for text, message in (("{", "is damaged: Expecting"), ('{"a": 1}', "unknown entry 'a'"), ("{}", "missing 13")):
+        (tmp_path / "config.json").write_text(text)
+        assert message in run(capsys, "evaluate", tmp_path, code=2)
+
+
+def test_a_damaged_checkpoint_is_a_warning_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_SPEED_SECONDS", 0.1)
+    options = ["train", "--eval-tasks", "2", "--out", str(tmp_path), "--iterations"]
+    run(capsys, *options, 2)
+    path = tmp_path / "step-00000002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    # outside of pytest's rule that a warning is an error
+    with monkeypatch.context() as patch:
+        patch.setattr("warnings.filters", [])
+        assert main([*options, "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 meta-steps, about" in out
+    assert re.search(r"^warning: .*step-00000002\.safetensors is damaged: .*; going on from step-00000000", err, re.M)
+
+
+def test_the_traceback_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("MTML_FAST_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", str(tmp_path)])
+
+
+def test_without_its_library_the_command_line_says_what_to_install(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mtml_fast.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert run(capsys, "env", code=2) == "error: the command line needs typer: pip install 'mtml_fast[train]'"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_exits_as_a_shell_expects_and_goes_on(tmp_path, number, code):
+    command = [sys.executable, "-m", "mtml_fast", "train", "--iterations", "10000000", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "stopping after this step" in err
+    assert "Traceback" not in err
+    _, _, step = open_run(tmp_path)
+    assert step > 0
