@@ -9,7 +9,7 @@ from torch import nn
 from mtml_fast.inner.functional import FunctionalPlan
 from mtml_fast.inner.loop import InnerLoop
 from mtml_fast.inner.mlp import MLPPlan
-from mtml_fast.ops._define import OPERATORS
+from mtml_fast.ops import OPERATORS
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 

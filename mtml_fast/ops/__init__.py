@@ -1,5 +1,6 @@
 """The ground floor: a few wide differentiable operators, each a folder with its contract and its truth."""
 
+from mtml_fast.ops._define import OPERATORS as OPERATORS
 from mtml_fast.ops._route import backend as backend
 from mtml_fast.ops.heads import heads as heads
 from mtml_fast.ops.heads_loss import heads_loss as heads_loss

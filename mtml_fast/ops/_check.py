@@ -134,3 +134,8 @@ def readable(value: Tensor) -> bool:
     """Whether reading the values costs nothing: on the CPU, not in a compiler or under a transform."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     return value.device.type == "cpu" and plain and not torch.compiler.is_compiling() and not in_transform()
+
+
+def cuda_device() -> str | None:
+    """The name of the CUDA device, where there is one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

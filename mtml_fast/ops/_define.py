@@ -31,20 +31,26 @@ class Operator:
         self.differentiable: tuple[str, ...] = tuple(differentiable)
         # why there is no second derivative; None where there is one
         self.refuse: str | None = refuse
+        self._known: dict[str, bool] = {}
         namespace = torch.ops.mtml_fast
         self.forward = getattr(namespace, name).default
         self.backward = getattr(namespace, f"{name}_backward").default
 
     def __call__(self, *args):
-        if needs_reference():
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if needs_reference(self._native(first.device.type)):
             return self.reference(*args)
         return self.forward(*args)
 
     def served_by(self, device: str | torch.device) -> str:
         """Who serves forward and backward on a device: "native" or "reference"."""
-        key = torch.device(device).type.upper()
-        names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
-        return "native" if all(has_kernel(name, key) for name in names) else "reference"
+        return "native" if self._native(torch.device(device).type) else "reference"
+
+    def _native(self, device_type: str) -> bool:
+        if device_type not in self._known:
+            names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
+            self._known[device_type] = all(has_kernel(name, device_type.upper()) for name in names)
+        return self._known[device_type]
 
 
 def define_op(

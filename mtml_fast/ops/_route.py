@@ -22,9 +22,11 @@ _backend = "auto"
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose who serves the operators inside a `with` block: "auto" (the fastest there is) or "reference".
+    """Choose who serves the operators inside a `with` block; the choice holds for the whole process.
 
-    The choice holds for the whole process, in all threads.
+    Args:
+        name: "auto", the fastest there is: native kernels, and the reference where a device has none; "operator",
+            always the registered operator, whose backward pass is an operator too; "reference", always pure PyTorch.
 
     Raises:
         ValueError: for another name.
@@ -34,8 +36,8 @@ def backend(name: str) -> Iterator[None]:
         >>> with mf.backend("reference"):
         ...     pass
     """
-    if name not in ("auto", "reference"):
-        raise ValueError(f"name must be 'auto' or 'reference', got {name!r}")
+    if name not in ("auto", "operator", "reference"):
+        raise ValueError(f"name must be 'auto', 'operator' or 'reference', got {name!r}")
     global _backend
     before, _backend = _backend, name
     try:
@@ -44,9 +46,15 @@ def backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def needs_reference() -> bool:
-    """Whether the present call must be served by the reference."""
-    return _backend == "reference" or in_transform()
+def needs_reference(native: bool) -> bool:
+    """Whether the present call goes to the reference, for tensors that native kernels can or cannot serve.
+
+    Without native kernels the operator is right but does the forward work twice, as its backward pass starts from the
+    inputs; autograd through the reference does it once. A compiler gets the operator, which it need not look into.
+    """
+    if _backend == "reference" or in_transform():
+        return True
+    return not native and _backend == "auto" and not torch.compiler.is_compiling()
 
 
 def in_transform() -> bool:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtml_fast.ops import heads, heads_loss
-from mtml_fast.ops._define import OPERATORS
+from mtml_fast.ops import OPERATORS, heads, heads_loss
 from mtml_fast.testing import BadInput, Case, op_battery
 
 

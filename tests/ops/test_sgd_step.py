@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mtml_fast.ops import sgd_step
-from mtml_fast.ops._define import OPERATORS
+from mtml_fast.ops import OPERATORS, sgd_step
 from mtml_fast.testing import BadInput, Case, op_battery
 
 SHAPES = [(5, 3), (7,), (1,), ()]
