@@ -166,12 +166,20 @@ def test_nan_stays_in_its_task():
     options, arguments = (0.9, 0.1, 1.0), make(3, "task", 0.9)
     u = [torch.randn_like(x) for x in step(*arguments, *options)]
     clean = native(arguments, options, u)
-    for x in arguments[1]:
-        x[1] = torch.nan
+    arguments[1][4][1, 2] = torch.nan
     dirty = native(arguments, options, u)
     for a, b in zip(clean, dirty, strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
+    # the norm is NaN, and with it the factor of every leaf of the task
     assert all(x[1].isnan().all() for x in dirty[: len(SHAPES)])
+
+
+def test_zero_gradient_is_not_clipped():
+    p, g, u = torch.randn(2, 3), torch.tensor([[0.0], [1.0]]).expand(2, 3), torch.randn(2, 3)
+    arguments, needs = ([p], [g], [torch.tensor(0.5)], []), [False, True, False]
+    (dg,) = torch.ops.mtml_fast.sgd_step_backward([u], *arguments, 0.0, 0.0, 1e-9, needs)
+    assert torch.equal(dg[0], -0.5 * u[0])
+    assert (dg[1].abs() <= 1e-9 * u.abs().max()).all()
 
 
 def test_infinite_values_do_not_meet_a_zero_factor():
