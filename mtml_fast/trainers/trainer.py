@@ -111,6 +111,7 @@ class Trainer:
             ("validate_every", validate_every),
             ("checkpoint_every", checkpoint_every),
             ("log_every", log_every),
+            ("validation_tasks", validation_tasks),
             ("patience", patience),
         ):
             if value is not None and (type(value) is not int or value < 1):
@@ -171,16 +172,24 @@ class Trainer:
         return self
 
     def evaluate(
-        self, tasks: Any, num_tasks: int = 600, *, steps: int | None = None, meta_batch: int | None = None
+        self,
+        tasks: Any,
+        num_tasks: int = 600,
+        *,
+        steps: int | None = None,
+        meta_batch: int | None = None,
+        metric: str | None = None,
     ) -> Evaluation:
         """The metric's mean and 95 % interval over `num_tasks` fixed tasks that training never sees.
 
         Args:
             steps: inner steps, None for the algorithm's own number.
             meta_batch: tasks adapted at a time; the result does not depend on it.
+            metric: "loss" or the name of a metric, None for what the trainer monitors.
         """
         meta_batch = self.meta_batch if meta_batch is None else meta_batch
-        return evaluate(self.algorithm, tasks, num_tasks, steps=steps, meta_batch=meta_batch, metric=self.monitor)
+        metric = self.monitor if metric is None else metric
+        return evaluate(self.algorithm, tasks, num_tasks, steps=steps, meta_batch=meta_batch, metric=metric)
 
     def adapt(self, support: TaskRows, steps: int | None = None) -> Any:
         """The algorithm adapted to new tasks, see `mf.adapt`."""
@@ -199,7 +208,9 @@ class Trainer:
 
     def _fit(self, steps: int, seconds: float, interrupts: Interrupts) -> None:
         if self._saved_step is None:
-            # shows before any work that the folder takes a checkpoint
+            # shows before any work that validation runs and that the folder takes a checkpoint
+            if self.validation is not None:
+                self._evaluate_validation(2)
             self._save()
         progress = Progress(self.step, steps, self.progress)
         start = time.perf_counter() - self._seconds
@@ -249,15 +260,7 @@ class Trainer:
         self.step += 1
 
     def _validate(self) -> float:
-        result = evaluate(
-            self.algorithm,
-            self.validation,
-            self.validation_tasks,
-            steps=self.validation_steps,
-            meta_batch=self.meta_batch,
-            metric=self.monitor,
-            episodes=VALIDATION_STEP,
-        )
+        result = self._evaluate_validation(self.validation_tasks)
         self.monitor = result.metric
         sign = -1.0 if result.metric == "loss" else 1.0
         if self.best is None or sign * result.mean > sign * self.best["value"]:
@@ -267,6 +270,17 @@ class Trainer:
         else:
             self._without_better += 1
         return result.mean
+
+    def _evaluate_validation(self, num_tasks: int) -> Evaluation:
+        return evaluate(
+            self.algorithm,
+            self.validation,
+            num_tasks,
+            steps=self.validation_steps,
+            meta_batch=self.meta_batch,
+            metric=self.monitor,
+            episodes=VALIDATION_STEP,
+        )
 
     def _add_row(self, validated: float | None, rate: float) -> None:
         losses = torch.stack(self._losses).double().tolist()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import mtml_fast as mf
 from mtml_fast.files import load_tensors
 from mtml_fast.trainers.checkpoint import load_best
 from mtml_fast.trainers.evaluation import Evaluation, evaluate
@@ -121,6 +122,40 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stops, monkeypatch):
     assert_same(*(load_tensors(tmp_path / run / "best.safetensors") for run in "ab"))
     rows = [list(csv.DictReader((tmp_path / run / "history.csv").read_text().splitlines())) for run in "ab"]
     assert without_clock(rows[0]) == without_clock(rows[1])
+
+
+def test_maml_resumes_to_the_same_bits(tmp_path):
+    def trainer(folder):
+        torch.manual_seed(0)
+        rate = nn.Parameter(torch.tensor(0.1))
+        maml = mf.MAML(mf.nn.mlp(64, (16,), 3, norm="batch"), lr=rate, steps=2)
+        tasks, validation = mf.data.Digits("train", ways=3), mf.data.Digits("validation", ways=3)
+        return Trainer(
+            maml,
+            tasks,
+            meta_batch=4,
+            optimizer=lambda params, lr: torch.optim.Adam(params, lr, fused=True),
+            validation=validation,
+            validate_every=4,
+            validation_tasks=6,
+            checkpoint=folder,
+            progress=False,
+        )
+
+    pytest.importorskip("sklearn")
+    whole = trainer(tmp_path / "a").fit(10)
+    trainer(tmp_path / "b").fit(3)
+    parts = trainer(tmp_path / "b").fit(10)
+    assert whole.algorithm.lr.item() != 0.1
+    assert_same(dict(whole.algorithm.state_dict()), dict(parts.algorithm.state_dict()))
+    assert_same(whole.optimizer.state_dict()["state"], parts.optimizer.state_dict()["state"])
+    assert whole.best["value"] == parts.best["value"]
+    test = mf.data.Digits("test", ways=3, query_shots=5)
+    result = parts.evaluate(test, 30, steps=5)
+    assert result.metric == "accuracy"
+    assert result.mean == whole.evaluate(test, 30, steps=5, meta_batch=30).mean
+    assert parts.evaluate(test, 30, metric="loss").mean == pytest.approx(parts.evaluate(test, 30).loss)
+    assert parts.adapt(test.sample(2).support, steps=5).num_tasks == 2
 
 
 def test_early_stopping_survives_a_resume(tmp_path):
@@ -263,6 +298,8 @@ def test_an_algorithm_without_metrics_is_judged_by_its_loss(tmp_path):
     assert trainer.monitor == "loss"
     assert trainer.history[-1]["train_accuracy"] is None
     assert trainer.best["step"] == 10
+    with pytest.raises(ValueError, match="metric must be one of loss, got 'f1'"):
+        Trainer(Sum(), Lines(), validation=Lines(1), monitor="f1", progress=False).fit(10)
     with pytest.raises(ValueError, match="metric must be one of loss, got 'f1'"):
         evaluate(Sum(), Lines(), 4, metric="f1")
 
