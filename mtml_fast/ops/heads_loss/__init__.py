@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtml_fast.ops import _check
 from mtml_fast.ops._define import define_op
-from mtml_fast.ops.heads import checked
+from mtml_fast.ops._heads import checked_heads
 from mtml_fast.ops.heads_loss import reference
 from mtml_fast.ops.heads_loss.reference import LOSSES
 
@@ -60,7 +60,7 @@ def heads_loss(
         >>> heads_loss(x, torch.zeros(3), offsets, weight, loss="mse")
         tensor([  1., 650.])
     """
-    arguments = checked(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
+    arguments = checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
     _check.choice("loss", loss, LOSSES)
     _check.same_device("y", _check.tensor("y", y), x, "x")
     _check.no_gradient("y", y)

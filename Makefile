@@ -1,0 +1,51 @@
+# Everything a newcomer types; `make help` lists it. PYTHON, TORCH and VENV may be given on the command line.
+PYTHON ?= python3
+# the version that the tests run with; any from 2.11 on will do
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help train test lint format bench cuda-check build env clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+train: build ## meta-train on the paper's sinusoid experiment, with a table, a speed line and a picture
+	$(BIN)/mtml-fast train --out runs/sinusoid
+
+test: build ## prove it: all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed ## check style and formatting of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/installed ## format Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: build ## time the operators against eager PyTorch
+	$(BIN)/python -m benchmarks.run
+
+cuda-check: ## compile every CUDA and Triton kernel without a GPU
+	@test -z "$$(find csrc mtml_fast -name '*.cu' -o -name 'triton.py')" || { echo "cuda-check: kernels without a check"; exit 1; }
+	@echo "cuda-check: there are no CUDA or Triton sources yet; nothing to compile"
+
+build: $(VENV)/installed ## compile what has changed in csrc
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+env: build ## print what runs here and who serves each operator
+	$(BIN)/python -m mtml_fast.env
+
+clean: ## remove the virtual environment and all that was built
+	rm -rf $(VENV) build *.egg-info mtml_fast/*.so
+
+$(VENV)/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q '$(TORCH)' numpy 'setuptools>=77' 'pybind11>=2.13' ninja
+	$(BIN)/pip install -q --no-build-isolation -e '.[train,test]'
+	@touch $@
