@@ -113,10 +113,11 @@ def fit_targets(name: str, targets: Tensor, outputs: Sequence[int], dtype: torch
             targets = targets.squeeze(-1)
         elif shape != expected:
             raise ValueError(f"{name} must be classes {expected} for outputs {outputs}, got shape {shape}")
+        _check.labels(name, targets.long(), outputs[1])
         return targets.long()
-    # an unknown callable decides by itself what targets it takes
+    # an unknown callable decides by itself what shape it takes
     if function not in LOSSES.values():
-        return targets
+        return targets.to(dtype) if targets.is_floating_point() else targets
     if [*shape, 1] == outputs:
         targets = targets.unsqueeze(-1)
     elif shape != outputs:

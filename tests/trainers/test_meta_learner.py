@@ -367,7 +367,7 @@ def trained():
             lambda t, x, y: t.train(x, [0, 1], [y[0], y[1].long()]),
             "targets must be all integers (classes) or all floats, got both",
         ),
-        (lambda t, x, y: t.train(x, [0, 1], (y > 0).long() + 1), "y must be in 0..0, got 2"),
+        (lambda t, x, y: t.train(x, [0, 1], (y > 0).long() + 1), "targets[0] must be in 0..0, got "),
         (lambda t, x, y: t.train(x, [0, 1], y, epochs=0), "epochs must be finite, at least 1, got 0"),
         (
             lambda t, x, y: t.train(x[0], torch.zeros(6, dtype=torch.int64), y[0, :4]),
