@@ -149,7 +149,7 @@ def check_offsets(name: str, offsets: Tensor, rows: int, *, empty_tasks: bool = 
         raise TypeError(f"{name} must be int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.numel() < 1:
         raise ValueError(f"{name} must be [T + 1], got shape {list(offsets.shape)}")
-    if not values or torch.compiler.is_compiling():
+    if not values or offsets.is_meta or torch.compiler.is_compiling():
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != rows:
