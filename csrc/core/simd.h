@@ -9,10 +9,10 @@
 
 namespace mtml::MTML_ISA {
 
-// as many T as a register holds; may alias T and needs only T's alignment
+// as many T as a register holds
 template <class T>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(MTML_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+  typedef T type __attribute__((vector_size(MTML_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -20,14 +20,17 @@ using Vector = typename VectorOf<T>::type;
 template <class T>
 constexpr int64_t kLanes = MTML_VECTOR_BYTES / sizeof(T);
 
-// V is Vector<T> or, in the rest of a loop, T itself
+// V is Vector<T> or, in the rest of a loop, T itself. By memcpy, which asks for no alignment: compilers drop an
+// `aligned` attribute on the way through a template argument.
 template <class V, class T>
 MTML_INLINE V load(const T* from) {
-  return *reinterpret_cast<const V*>(from);
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
 }
 template <class V, class T>
 MTML_INLINE void store(T* to, V value) {
-  *reinterpret_cast<V*>(to) = value;
+  __builtin_memcpy(to, &value, sizeof(V));
 }
 
 // f(i, V{}) over 0 <= i < n: V = Vector<T> as long as one fits, then T
