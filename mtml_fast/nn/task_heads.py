@@ -293,18 +293,19 @@ class TaskHeads(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         offsets = state_dict.get(prefix + "out_offsets")
-        if offsets is not None and offsets.shape == self.out_offsets.shape:
-            widths = offsets.diff().tolist()
-            if self.is_lazy and self._fits(widths):
-                source = state_dict[prefix + ("weight" if self.hidden is None else "hidden_weight")]
-                self._allocate(source.shape[-1], widths)
+        source = state_dict.get(prefix + ("weight" if self.hidden is None else "hidden_weight"))
+        if offsets is not None and source is not None and offsets.shape == self.out_offsets.shape:
             # equal sums would hide that the widths of two tasks are swapped
-            elif widths != self.out_features:
-                raise ValueError(f"state_dict must hold heads of widths {self.out_features}, got {widths}")
+            held, own = [source.shape[-1], *offsets.diff().tolist()], [self.in_features, *self.out_features]
+            if any(mine not in (None, width) for mine, width in zip(own, held, strict=True)):
+                raise ValueError(f"state_dict must hold heads of widths {own}, the first that of the rows, got {held}")
+            if self.is_lazy:
+                self._allocate(held[0], held[1:])
+        elif self.is_lazy:
+            raise ValueError(
+                f"state_dict must hold {self.num_tasks} heads with hidden={self.hidden}, got {[*state_dict]}"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _fits(self, widths: Sequence[int]) -> bool:
-        return all(known in (None, width) for known, width in zip(self.out_features, widths, strict=True))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -81,6 +81,8 @@ class MultiTaskMetaLearningModel:
         activation: str = "relu",
         in_features: int | None = None,
     ):
+        if not isinstance(hidden, (list, tuple)):
+            raise TypeError(f"hidden must be a list of widths, got {hidden!r}")
         for i, width in enumerate(hidden):
             _check.number(f"hidden[{i}]", width, low=1, integer=True)
         _check.number("num_tasks", num_tasks, low=1, integer=True)

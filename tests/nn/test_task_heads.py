@@ -166,7 +166,15 @@ def test_lazy_heads_take_a_state_dict_and_a_dtype():
         ),
         (
             lambda: TaskHeads(3, [2, 3]).load_state_dict(TaskHeads(3, [3, 2]).state_dict()),
-            "state_dict must hold heads of widths [2, 3], got [3, 2]",
+            "state_dict must hold heads of widths [3, 2, 3], the first that of the rows, got [3, 3, 2]",
+        ),
+        (
+            lambda: TaskHeads(3, [None]).load_state_dict(TaskHeads(4, [2]).state_dict()),
+            "state_dict must hold heads of widths [3, None], the first that of the rows, got [4, 2]",
+        ),
+        (
+            lambda: TaskHeads(3, [None], hidden=4).load_state_dict(TaskHeads(3, [2]).state_dict()),
+            "state_dict must hold 1 heads with hidden=4, got ['weight', 'bias', 'out_offsets']",
         ),
         (lambda: TaskHeads(3, [2]).materialize(3), "materialize must be called once; the heads have in_features=3"),
     ],
