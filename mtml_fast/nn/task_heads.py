@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -10,24 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from mtml_fast.nn.mlp import ACTIVATIONS, _activation
 from mtml_fast.ops import _check, heads, heads_loss
 from mtml_fast.tasks import TaskRows
 
 __all__ = ["TaskHeads"]
-
-# as mtml_fast.ops.heads names them
-_ACTIVATIONS = {
-    "relu": nn.ReLU(),
-    "tanh": nn.Tanh(),
-    "gelu": nn.GELU(),
-    "gelu_tanh": nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU(),
-    "elu": nn.ELU(),
-    "leaky_relu": nn.LeakyReLU(),
-    "sigmoid": nn.Sigmoid(),
-    "softplus": nn.Softplus(),
-    "identity": nn.Identity(),
-}
 
 
 class TaskHeads(nn.Module):
@@ -40,8 +26,7 @@ class TaskHeads(nn.Module):
         in_features: D, the width of the rows; `None`: that of the first rows it sees.
         out_features: the number of outputs of each task, a list of T; `None` in it: given to `materialize`, or one.
         hidden: H, the width of a hidden layer in every head; `None` for linear heads.
-        activation: of the hidden layer: relu, tanh, gelu, gelu_tanh, silu, elu, leaky_relu, sigmoid, softplus or
-            identity.
+        activation: of the hidden layer: relu, tanh, gelu, silu, elu, leaky_relu, sigmoid, softplus or identity.
         bias: whether the layers have one.
 
     Parameters: `weight [sum of O_t, D or H]`, `bias [sum of O_t]`, `hidden_weight [T, H, D]`, `hidden_bias [T, H]`,
@@ -77,7 +62,7 @@ class TaskHeads(nn.Module):
         for name, width in widths.items():
             if width is not None:
                 _check.number(name, width, low=1, integer=True)
-        _check.choice("activation", activation, tuple(_ACTIVATIONS))
+        _check.choice("activation", activation, tuple(ACTIVATIONS))
         self.in_features, self.out_features = in_features, list(out_features)
         self.hidden, self.activation = hidden, activation
         for name, exists in (
@@ -180,7 +165,7 @@ class TaskHeads(nn.Module):
         if self.hidden is None:
             return last
         first = _linear(self.hidden_weight[t], None if self.hidden_bias is None else self.hidden_bias[t])
-        return nn.Sequential(first, copy.deepcopy(_ACTIVATIONS[self.activation]), last)
+        return nn.Sequential(first, ACTIVATIONS[self.activation](), last)
 
     @torch.no_grad()
     def load_heads(self, modules: Sequence[nn.Module]) -> None:
@@ -264,12 +249,9 @@ class TaskHeads(nn.Module):
     def _layers(self, t: int, module: nn.Module) -> list[nn.Module]:
         """The layers of a module as `head` gives it."""
         layers = list(module) if isinstance(module, nn.Sequential) else [module]
-        expected = [nn.Linear]
-        if self.hidden is not None:
-            expected = [nn.Linear, type(_ACTIVATIONS[self.activation]), nn.Linear]
-        if [type(layer) for layer in layers] != expected:
-            names = ", ".join(kind.__name__ for kind in expected)
-            raise ValueError(f"modules[{t}] must be {names}, got {_line(module)}")
+        expected = ["Linear"] if self.hidden is None else ["Linear", self.activation, "Linear"]
+        if ["Linear" if type(layer) is nn.Linear else _activation(layer) for layer in layers] != expected:
+            raise ValueError(f"modules[{t}] must be {', '.join(expected)}, got {_line(module)}")
         return layers
 
     def _allocate(self, in_features: int, out_features: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtml_fast.nn.meta_learner import MetaLearner
+from mtml_fast.nn.mlp import ACTIVATIONS
 from mtml_fast.ops import _check
 from mtml_fast.trainers import _names
 from mtml_fast.trainers._keras_rows import Rows, rows_of
@@ -20,8 +21,6 @@ from mtml_fast.trainers.interrupts import Interrupts
 from mtml_fast.trainers.progress import Progress
 
 __all__ = ["History", "MultiTaskMetaLearningModel"]
-
-_ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU, "elu": nn.ELU}
 
 
 @dataclass
@@ -44,7 +43,7 @@ class MultiTaskMetaLearningModel:
         hidden: the widths of the body's layers.
         outputs: the outputs of each task, one number or a list of one a task.
         num_tasks: T.
-        activation: after each of the body's layers: relu, tanh, gelu, silu, elu.
+        activation: after each of the body's layers, a name of `mtml_fast.nn.mlp`: relu, tanh, gelu, silu, elu, ...
         in_features: D; `None`: the width of the first `x`, at which the model is built.
 
     One task: `x [R, D]`, `y [R]` or `[R, O]`. Several tasks, in one of two ways:
@@ -86,7 +85,7 @@ class MultiTaskMetaLearningModel:
         for i, width in enumerate(hidden):
             _check.number(f"hidden[{i}]", width, low=1, integer=True)
         _check.number("num_tasks", num_tasks, low=1, integer=True)
-        _check.choice("activation", activation, tuple(_ACTIVATIONS))
+        _check.choice("activation", activation, tuple(ACTIVATIONS))
         widths = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs] * num_tasks
         if len(widths) != num_tasks:
             raise ValueError(f"outputs must be a number or a list of {num_tasks}, one a task, got {outputs!r}")
@@ -107,7 +106,7 @@ class MultiTaskMetaLearningModel:
             raise RuntimeError("build must be called once; the model is built")
         layers, width = [], in_features
         for wider in self.hidden:
-            layers += [nn.Linear(width, wider), _ACTIVATIONS[self.activation]()]
+            layers += [nn.Linear(width, wider), ACTIVATIONS[self.activation]()]
             width = wider
         trunk = nn.Sequential(*layers) if layers else None
         self.network = MetaLearner(self.num_tasks, width, self.outputs, hidden=None, trunk=trunk)

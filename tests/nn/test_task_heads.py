@@ -165,6 +165,12 @@ def test_lazy_heads_take_a_state_dict_and_a_dtype():
             "modules[0] must be Linear, got ReLU()",
         ),
         (
+            lambda: TaskHeads(3, [2], 4, "leaky_relu").load_heads(
+                [nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.3), nn.Linear(4, 2))]
+            ),
+            "modules[0] must be Linear, leaky_relu, Linear, got Sequential( (0): Linear(in_features=3",
+        ),
+        (
             lambda: TaskHeads(3, [2, 3]).load_state_dict(TaskHeads(3, [3, 2]).state_dict()),
             "state_dict must hold heads of widths [3, 2, 3], the first that of the rows, got [3, 3, 2]",
         ),
