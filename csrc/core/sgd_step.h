@@ -8,8 +8,7 @@
 // With cotangents u of p' and w of m', and s = w - lr * u:
 //
 //     dlr = -u * m'      dm = momentum * s      dp = u + weight_decay * s
-//     dg  = scale * s - clip / (|g| (|g| + 1e-6)^2) * <s, g> * g           (second term: only where the task is
-//     clipped)
+//     dg  = scale * s - clip / (|g| (|g| + 1e-6)^2) * <s, g> * g      (second term only where scale < 1)
 #pragma once
 
 #include <cstdint>
