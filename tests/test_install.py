@@ -14,8 +14,16 @@ from mtml_fast.ops import _library
 ROOT = Path(__file__).parents[1]
 
 
+# an editable install would find in the source folder what a copy lacks
+ISOLATE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+"""
+
+
 def python(code, *, path, **environment):
     """Run code in a new process, in which `path` comes first."""
+    code = ISOLATE + code
     environment = {**os.environ, "PYTHONPATH": str(path), **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=path, capture_output=True, text=True)
 
