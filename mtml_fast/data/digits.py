@@ -56,6 +56,7 @@ class Digits(ClassEpisodes):
             raise ImportError("Digits needs scikit-learn: pip install 'mtml_fast[train]'") from None
         digits = load_digits()
         images = np.concatenate([digits.images[digits.target == digit] for digit in classes])  # [R, 8, 8]
+        self.split = split
         super().__init__(
             torch.from_numpy(images.astype(np.uint8)).view(-1, *([64] if flatten else [1, 8, 8])),
             np.bincount(digits.target)[list(classes)],

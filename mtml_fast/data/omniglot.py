@@ -91,6 +91,7 @@ class Omniglot(ClassEpisodes):
             images, counts, characters = images[rows], counts[chosen], [characters[c] for c in chosen]
         turns = 4 if rotations else 1
         pool = np.concatenate([np.rot90(images, turn, axes=(1, 2)) for turn in range(turns)])  # [turns * R, 28, 28]
+        self.split = split
         super().__init__(
             torch.from_numpy(pool).view(-1, *([SIDE * SIDE] if flatten else [1, SIDE, SIDE])),
             counts,

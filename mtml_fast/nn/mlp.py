@@ -97,7 +97,7 @@ def mlp_form(model: nn.Module) -> MLPForm | str:
     rest = [block[1:] if norm is not None else block for block, norm in zip(between, norms, strict=True)]
     if any(len(block) != 1 for block in rest):
         return "it has layers besides nn.Linear, nn.BatchNorm1d and one activation"
-    activations = [_activation(block[0][1]) for block in rest]
+    activations = [activation_name(block[0][1]) for block in rest]
     if None in activations:
         return f"{type(rest[activations.index(None)][0][1]).__name__} is no activation that mlp_adapt knows"
     if len({*activations}) > 1:
@@ -139,7 +139,7 @@ def _leaves(model: nn.Sequential, prefix: str = ""):
             yield f"{prefix}{name}", child
 
 
-def _activation(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module) -> str | None:
     """The name of an activation with its usual constants."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mtml_fast.nn.mlp import ACTIVATIONS, _activation
+from mtml_fast.nn.mlp import ACTIVATIONS, activation_name
 from mtml_fast.ops import _check, heads, heads_loss
 from mtml_fast.tasks import TaskRows
 
@@ -250,7 +250,7 @@ class TaskHeads(nn.Module):
         """The layers of a module as `head` gives it."""
         layers = list(module) if isinstance(module, nn.Sequential) else [module]
         expected = ["Linear"] if self.hidden is None else ["Linear", self.activation, "Linear"]
-        if ["Linear" if type(layer) is nn.Linear else _activation(layer) for layer in layers] != expected:
+        if ["Linear" if type(layer) is nn.Linear else activation_name(layer) for layer in layers] != expected:
             raise ValueError(f"modules[{t}] must be {', '.join(expected)}, got {_line(module)}")
         return layers
 

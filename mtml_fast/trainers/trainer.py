@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mtml_fast.files import save_tensors
+from mtml_fast.ops._check import readable
 from mtml_fast.tasks import TaskRows
 from mtml_fast.trainers import _names
 from mtml_fast.trainers.checkpoint import Checkpoints, differences, pack, random_state, set_random_state
@@ -160,14 +161,15 @@ class Trainer:
             raise ValueError(f"steps must be an int >= 0, got {steps!r}")
         if minutes is not None and not minutes > 0:
             raise ValueError(f"minutes must be > 0, got {minutes!r}")
-        cuda = [self._device] if self._device.type == "cuda" else []
-        with Interrupts() as interrupts, torch.random.fork_rng(cuda):
+        outside = random_state(self._device)
+        with Interrupts() as interrupts:
             set_random_state(self._random, self._device)
             try:
                 if self.step < steps and not self.stopped_early:
                     self._fit(steps, math.inf if minutes is None else 60 * minutes, interrupts)
             finally:
                 self._random = random_state(self._device)
+                set_random_state(outside, self._device)
         interrupts.raise_received()
         return self
 
@@ -244,8 +246,8 @@ class Trainer:
             batch = batch.to(self._device)
         result = self.algorithm(batch)
         loss = result.loss.detach()
-        # reading a loss is free on the CPU; on a device it would stop the stream, so there rows and saves look
-        if loss.device.type == "cpu":
+        # on a device reading a loss would stop the stream, so there rows and saves look
+        if readable(loss):
             self._require_finite(loss.item(), self.step)
         self._losses.append(loss)
         if "accuracy" in result.metrics:
@@ -323,8 +325,6 @@ class Trainer:
                 f"the training loss is {loss} at step {step} (lower lr or meta_lr, or set clip_grad); "
                 f"last checkpoint: {last}"
             )
-
-    # ---- saving and resuming
 
     def _run(self) -> dict:
         """What must be the same for a checkpoint to be this run's."""
