@@ -25,7 +25,7 @@ BESIDE = {
     "numpy": set(),
     "data": {"tasks", "files"},
     "env": {"ops"},
-    "testing": {"ops", "tasks"},
+    "testing": {"ops"},
 }
 # what any floor may use besides
 COMMON = {"tasks", "files"}

@@ -1,15 +1,4 @@
-"""The battery that every operator passes, on every backend, and that downstream operators may use.
-
-`op_battery(function, operator, cases, ...)` returns named checks; a test runs each of them:
-
-    @pytest.mark.parametrize("check", op_battery(...), ids=str)
-    def test_battery(check):
-        check()
-
-The checks run on the registered operator (`mtml_fast.backend("operator")`), whoever serves it. The rule for values: the
-error against float64 may be at most twice that of eager PyTorch in the same dtype, or of inputs that are one rounding
-off, task by task; nowhere a tolerance chosen by hand. Cotangents are random; the seed is fresh and printed.
-"""
+"""op_battery: the checks themselves."""
 
 from __future__ import annotations
 
@@ -17,62 +6,30 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mtml_fast.ops import backend
 from mtml_fast.ops._define import Operator
-
-__all__ = ["BadInput", "Case", "Check", "assert_as_exact", "op_battery"]
+from mtml_fast.testing.arguments import (
+    expanded,
+    floats,
+    map_tensors,
+    offset,
+    poison,
+    rounded,
+    select,
+    tensors_in,
+    transposed,
+)
+from mtml_fast.testing.cases import BadInput, Case, Check
 
 # a kernel may be this many units in the last place of the largest value worse than twice eager's error
 SLACK_ULPS = 8
 # how often inputs are drawn one rounding off: an error that such inputs make too is no kernel's fault
 ROUNDINGS = 3
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a public function.
-
-    Args:
-        id: its name in the test's id.
-        make: `(dtype, generator) -> keyword arguments`; tensors among the operator's differentiable arguments are
-            differentiated.
-        axes: for each argument with rows of tasks, "T" (tasks lead) or the name of the argument with its offsets.
-        tiny: small enough for finite differences and compilation (at most a few dozen numbers).
-    """
-
-    id: str
-    make: Callable[[torch.dtype, torch.Generator], dict]
-    axes: dict[str, str] = field(default_factory=dict)
-    tiny: bool = False
-
-
-@dataclass(frozen=True)
-class BadInput:
-    """A change of a good call's arguments, and the one-line error that it must give."""
-
-    id: str
-    change: Callable[[dict], dict]
-    error: type[Exception]
-    message: str  # a piece of the text: the argument's name and the value
-
-
-@dataclass(frozen=True)
-class Check:
-    """A check of the battery with its name."""
-
-    id: str
-    run: Callable[[], None]
-
-    def __call__(self) -> None:
-        self.run()
-
-    def __str__(self) -> str:
-        return self.id
 
 
 def op_battery(
@@ -134,12 +91,12 @@ class _Battery:
         for dtype in (torch.float32, torch.float64):
             with self.seeded(case) as seed:
                 arguments = self.arguments(case, seed, dtype)
-                exact_arguments = _map(arguments, lambda t: t.double() if t.is_floating_point() else t)
+                exact_arguments = map_tensors(arguments, lambda t: t.double() if t.is_floating_point() else t)
                 with backend("reference"):
                     exact = self.with_gradients(exact_arguments, seed)
                     eager = [self.with_gradients(arguments, seed)]
-                    rounded = [_rounded(exact_arguments, torch.finfo(dtype).eps) for _ in range(ROUNDINGS)]
-                    eager += [self.with_gradients(r, seed) for r in rounded]
+                    for _ in range(ROUNDINGS):
+                        eager.append(self.with_gradients(rounded(exact_arguments, torch.finfo(dtype).eps), seed))
                 for name in ("auto", "operator"):
                     with backend(name):
                         mine = self.with_gradients(arguments, seed)
@@ -154,9 +111,9 @@ class _Battery:
         """Transposed, expanded and offset inputs give the result of the contiguous ones."""
         with self.seeded(case) as seed:
             arguments = self.arguments(case, seed, torch.float64)
-            for name, layout in (("transposed", _transposed), ("offset", _offset), ("expanded", _expanded)):
-                changed = _map(arguments, layout)
-                plain = _map(changed, lambda t: t.contiguous().clone())
+            for name, layout in (("transposed", transposed), ("offset", offset), ("expanded", expanded)):
+                changed = map_tensors(arguments, layout)
+                plain = map_tensors(changed, lambda t: t.contiguous().clone())
                 a, b = self.with_gradients(changed, seed), self.with_gradients(plain, seed)
                 self.equal(a.results + a.gradients, b.results + b.gradients, name)
 
@@ -178,10 +135,10 @@ class _Battery:
                 return
             together = self.per_task(first.results, arguments)
             for t in range(len(together)):
-                alone = self.results(_select(arguments, case.axes, [t]))
-                self.equal(together[t], self.per_task(alone, _select(arguments, case.axes, [t]))[0], f"task {t} alone")
+                alone = self.results(select(arguments, case.axes, [t]))
+                self.equal(together[t], self.per_task(alone, select(arguments, case.axes, [t]))[0], f"task {t} alone")
             if len(together) > 1:
-                poisoned = self.results(_poison(arguments, case.axes, task=1))
+                poisoned = self.results(poison(arguments, case.axes, task=1))
                 for t, (a, b) in enumerate(zip(together, self.per_task(poisoned, arguments), strict=True)):
                     if t != 1:
                         self.equal(a, b, f"task {t} beside a task with NaN")
@@ -190,9 +147,9 @@ class _Battery:
         """Inputs stay as they were, unwritten memory is never read, gradients come only where asked for."""
         with self.seeded(case) as seed:
             arguments = self.arguments(case, seed, torch.float64)
-            before = _map(arguments, Tensor.clone)
+            before = map_tensors(arguments, Tensor.clone)
             plain = self.with_gradients(arguments, seed)
-            for a, b in zip(_leaves(arguments), _leaves(before), strict=True):
+            for a, b in zip(tensors_in(arguments), tensors_in(before), strict=True):
                 assert torch.equal(a, b), "an input was changed"
             deterministic = torch.are_deterministic_algorithms_enabled()
             torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty comes filled with NaN
@@ -204,7 +161,7 @@ class _Battery:
             leaves = self.differentiable(arguments)
             for i in range(len(leaves)):
                 inputs = [leaf.detach().requires_grad_(i == j) for j, leaf in enumerate(leaves)]
-                results = _floats(self.function(**self.replace(arguments, inputs)))
+                results = floats(self.function(**self.replace(arguments, inputs)))
                 torch.autograd.backward(results, self.cotangents(results, seed))
                 assert all((leaf.grad is None) == (i != j) for j, leaf in enumerate(inputs)), f"gradient of input {i}"
                 self.equal([inputs[i].grad], [plain.gradients[i]], f"gradient of input {i} alone")
@@ -253,13 +210,13 @@ class _Battery:
                 leaf.requires_grad_()
                 for (_, name), value in zip(self.operator.arguments, raw, strict=True)
                 if name in self.operator.differentiable
-                for leaf in _leaves(value)
+                for leaf in tensors_in(value)
             ]
             torch.library.opcheck(self.operator.forward, raw)
             results = self.operator.forward(*raw)
             results = [results] if isinstance(results, Tensor) else list(results)
             cotangents = self.cotangents(results, seed)
-            detached = _map(list(raw), Tensor.detach)
+            detached = map_tensors(list(raw), Tensor.detach)
             # the fourth test runs a backward pass, which an operator may refuse
             tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
             arguments = (cotangents, *detached, [True] * len(leaves))
@@ -289,6 +246,22 @@ class _Battery:
             loop = [torch.stack(grads) for grads in zip(*pair, strict=True)]
             _close(torch.func.vmap(torch.func.grad(scalar, argnums=places))(*stacked), loop, "vmap(grad)")
 
+            jacobian = torch.func.jacrev(scalar, argnums=places)(*inputs)
+            _close(jacobian, plain, "func.jacrev")
+
+            def inner(*values):
+                return sum((g * g).sum() for g in torch.func.grad(scalar, argnums=places)(*values))
+
+            with backend("reference"):
+                twice = torch.autograd.grad(scalar(*leaves), leaves, create_graph=True)
+                expected = torch.autograd.grad(sum((g * g).sum() for g in twice), leaves, allow_unused=True)
+            mine = torch.func.grad(inner, argnums=places)(*inputs)
+            _close(
+                mine,
+                [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, expected, strict=True)],
+                "grad(grad)",
+            )
+
             tangents = tuple(torch.randn_like(t) for t in inputs)
             along = sum((g * t).sum() for g, t in zip(plain, tangents, strict=True))
             with warnings.catch_warnings():
@@ -314,6 +287,14 @@ class _Battery:
             torch.compiler.reset()
             compiled = torch.compile(scalar, backend="aot_eager", fullgraph=True)
             _close(torch.autograd.grad(compiled(*inputs), inputs), plain, "compile")
+            # torch cannot differentiate a compiled graph twice; what matters is that it says so
+            try:
+                once = torch.autograd.grad(compiled(*inputs), inputs, create_graph=True)
+                torch.autograd.grad(sum((a * g).sum() for a, g in zip(inputs, once, strict=True)), inputs)
+            except RuntimeError:
+                pass
+            else:
+                raise AssertionError("a compiled graph was differentiated twice: hold it against eager from now on")
             torch.compiler.reset()
             places = tuple(range(len(inputs)))
             compiled = torch.compile(torch.func.grad(scalar, argnums=places), backend="aot_eager", fullgraph=True)
@@ -345,14 +326,14 @@ class _Battery:
 
     def arguments(self, case: Case, seed: int, dtype: torch.dtype) -> dict:
         arguments = case.make(dtype, torch.Generator().manual_seed(seed))
-        return _map(arguments, lambda t: t.detach().to(self.device))
+        return map_tensors(arguments, lambda t: t.detach().to(self.device))
 
     def results(self, arguments: dict) -> list[Tensor]:
-        return _floats(self.function(**arguments))
+        return floats(self.function(**arguments))
 
     def with_gradients(self, arguments: dict, seed: int) -> _Outcome:
         inputs = [t.detach().requires_grad_() for t in self.differentiable(arguments)]
-        results = _floats(self.function(**self.replace(arguments, inputs)))
+        results = floats(self.function(**self.replace(arguments, inputs)))
         # some results are constants (the losses of unlabelled rows), and some inputs unused (the rates of no steps)
         pairs = zip(results, self.cotangents(results, seed), strict=True)
         pairs = [(r, c) for r, c in pairs if r.requires_grad]
@@ -368,13 +349,13 @@ class _Battery:
 
     def differentiable(self, arguments: dict) -> list[Tensor]:
         values = [arguments.get(name) for name in self.operator.differentiable]
-        return [t for t in _leaves(values) if t.is_floating_point()]
+        return [t for t in tensors_in(values) if t.is_floating_point()]
 
     def replace(self, arguments: dict, inputs: Sequence[Tensor]) -> dict:
         replaced, rest = dict(arguments), iter(inputs)
         for name in self.operator.differentiable:
             if name in arguments:
-                replaced[name] = _map(arguments[name], lambda t: next(rest) if t.is_floating_point() else t)
+                replaced[name] = map_tensors(arguments[name], lambda t: next(rest) if t.is_floating_point() else t)
         return replaced
 
     def closed(self, case: Case, seed: int) -> tuple[Callable, tuple[Tensor, ...]]:
@@ -382,7 +363,7 @@ class _Battery:
         arguments = self.arguments(case, seed, torch.float64)
 
         def call(*inputs):
-            results = _floats(self.function(**self.replace(arguments, inputs)))
+            results = floats(self.function(**self.replace(arguments, inputs)))
             # a result that is -inf by definition (an absent class) has no finite difference
             return tuple(torch.where(r.isinf(), 0.0, r) for r in results)
 
@@ -430,81 +411,6 @@ class _Battery:
 class _Outcome:
     results: list[Tensor]
     gradients: list[Tensor]
-
-
-def _leaves(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _leaves(v)] if isinstance(value, (list, tuple)) else []
-
-
-def _floats(value) -> list[Tensor]:
-    return [t for t in _leaves(value) if t.is_floating_point()]
-
-
-def _map(value, function):
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
-    return type(value)(_map(v, function) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _rounded(arguments: dict, eps: float) -> dict:
-    """Every float one unit in the last place up or down, at random."""
-
-    def off(t: Tensor) -> Tensor:
-        return t * (1 + eps * (2 * torch.randint_like(t, 2) - 1)) if t.is_floating_point() else t
-
-    return _map(arguments, off)
-
-
-def _transposed(t: Tensor) -> Tensor:
-    return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
-
-
-def _offset(t: Tensor) -> Tensor:
-    """A slice that starts one element into its storage."""
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
-def _expanded(t: Tensor) -> Tensor:
-    """Stride 0 along the second axis of floats: every row of a task the same."""
-    return t[:, :1].expand(t.shape) if t.is_floating_point() and t.dim() > 2 and t.shape[1] else t
-
-
-def _select(arguments: dict, axes: dict[str, str], tasks: list[int]) -> dict:
-    selected = dict(arguments)
-    for name, axis in axes.items():
-        if arguments.get(name) is None:
-            continue
-        if axis == "T":
-            selected[name] = _map(arguments[name], lambda t: t[tasks] if t.dim() else t)
-        else:
-            bounds = arguments[axis].tolist()
-            selected[name] = torch.cat([arguments[name][bounds[t] : bounds[t + 1]] for t in tasks])
-            counts = arguments[axis].diff()[tasks]
-            selected[axis] = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return selected
-
-
-def _poison(arguments: dict, axes: dict[str, str], task: int) -> dict:
-    def spoil(t: Tensor, rows) -> Tensor:
-        t = t.clone()
-        if t.is_floating_point() and t.dim():
-            t[rows] = torch.nan
-        return t
-
-    poisoned = dict(arguments)
-    for name, axis in axes.items():
-        # a rate that is not finite is refused
-        if arguments.get(name) is None or name == "lr":
-            continue
-        rows = task if axis == "T" else slice(*arguments[axis][task : task + 2].tolist())
-        poisoned[name] = _map(arguments[name], lambda t, rows=rows: spoil(t, rows))
-    return poisoned
 
 
 def _close(a: Sequence[Tensor], b: Sequence[Tensor], what: str) -> None:
