@@ -20,3 +20,22 @@ from mtml_fast.trainers import History as History
 from mtml_fast.trainers import MetaLearnerTrainer as MetaLearnerTrainer
 from mtml_fast.trainers import MultiTaskMetaLearningModel as MultiTaskMetaLearningModel
 from mtml_fast.trainers import Trainer as Trainer
+
+# without the modules: `import *` must not put mtml_fast.nn in the place of torch.nn
+__all__ = [
+    "FOMAML",
+    "MAML",
+    "Adapted",
+    "History",
+    "InnerLoop",
+    "MetaLearner",
+    "MetaLearnerTrainer",
+    "MultiTaskMetaLearningModel",
+    "TaskBatch",
+    "TaskModule",
+    "TaskRows",
+    "Trainer",
+    "adapt",
+    "backend",
+    "explain",
+]

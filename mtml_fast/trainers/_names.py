@@ -129,11 +129,12 @@ def fit_targets(name: str, targets: Tensor, outputs: Sequence[int], dtype: torch
             raise ValueError(f"{name} must be classes {expected} for outputs {outputs}, got shape {shape}")
         _check.labels(name, targets.long(), outputs[1])
         return targets.long()
-    # an unknown callable decides by itself what shape it takes
-    if function not in LOSSES.values():
-        return targets.to(dtype) if targets.is_floating_point() else targets
-    if [*shape, 1] == outputs:
+    if [*shape, 1] == outputs and (targets.is_floating_point() or function in LOSSES.values()):
+        # left as they are, [N] beside [N, 1] would be compared pair by pair
         targets = targets.unsqueeze(-1)
+    elif function not in LOSSES.values():
+        # an unknown callable decides by itself what shape it takes
+        return targets.to(dtype) if targets.is_floating_point() else targets
     elif shape != outputs:
         raise ValueError(f"{name} must have the shape {outputs} of the outputs, got {shape}")
     return targets.to(dtype)

@@ -297,3 +297,16 @@ def test_errors_name_the_argument_and_the_value(call, message):
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_loss_objects_see_targets_in_the_shape_of_the_outputs():
+    """[N] beside [N, 1] would broadcast to [N, N]: the same numbers by name and by object."""
+    x, y = np.random.randn(30, 4), np.random.randn(30, 3)
+    histories = []
+    for loss, metric in (("mse", "mae"), (torch.nn.MSELoss(), torch.nn.L1Loss())):
+        torch.manual_seed(0)
+        model = MultiTaskMetaLearningModel(num_tasks=3)
+        model.compile(optimizer="sgd", loss=loss, metrics=[metric])
+        history = model.fit(x, y, epochs=2, shuffle=False, verbose=0).history
+        histories.append([history[key] for key in history])
+    np.testing.assert_allclose(histories[0], histories[1], rtol=1e-5)

@@ -60,7 +60,7 @@ def mlp_adapt(
         grads = torch.func.grad(support_loss)(values, theta)
         if first_order:
             grads = [g.detach() for g in grads]
-        rates = [rate_at(lr, k, i) for i in moving]
+        rates = [rate_at(lr, k, i) for i in (moving[:1] if _is_shared(lr) else moving)]
         results = sgd_step(values, grads, rates, velocity, momentum, weight_decay, clip)
         values, velocity = results[: len(moving)], results[len(moving) :]
         theta = _replaced(theta, moving, values)
@@ -109,6 +109,11 @@ def rate_at(lr: list[Tensor], k: int, i: int) -> Tensor:
         rows, columns = lr[0].shape
         return lr[0][min(k, rows - 1), min(i, columns - 1)]
     return lr[i][min(k, lr[i].shape[0] - 1)][None]
+
+
+def _is_shared(lr: list[Tensor]) -> bool:
+    """Whether all parameters have the same rate."""
+    return len(lr) == 1 and lr[0].dim() == 2 and lr[0].shape[1] == 1
 
 
 def _replaced(theta: list[Tensor], places: list[int], values: list[Tensor]) -> list[Tensor]:

@@ -22,7 +22,9 @@ def sgd_step(
         norm = torch.where(square > 0, square, 1.0).sqrt()
         scale = torch.where(square > 0, clip / (norm + 1e-6), 1.0).clamp(max=1.0)
         grads = [g * _per_task(scale, g) for g in grads]
-    directions = [g + weight_decay * p for g, p in zip(grads, params, strict=True)]
+    directions = grads
+    if weight_decay:
+        directions = [g + weight_decay * p for g, p in zip(grads, params, strict=True)]
     if momentum:
         directions = [momentum * m + d for m, d in zip(momentum_buffers, directions, strict=True)]
     rates = lr if len(lr) == len(params) else lr * len(params)
