@@ -149,7 +149,7 @@ def test_devices_are_a_matter_of_the_dispatcher(path):
     """Who serves a device is the dispatcher's affair; whether values may be read is one file's."""
     if name_of(path) in ("ops/_check.py", "ops/_define.py"):
         return
-    found = re.findall(r"\.is_cuda|torch\.cuda\.|\.device\.type|device_count", path.read_text())
+    found = re.findall(r"\.is_cuda|torch\.cuda\.|device\.type|device_count", path.read_text())
     # a checkpoint holds the device's random numbers too
     if name_of(path) == "trainers/checkpoint.py":
         found = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mtml_fast.trainers.checkpoint import random_state, set_random_state
 
 __all__ = ["EVALUATION_STEP", "VALIDATION_STEP", "Evaluation", "evaluate"]
 
@@ -49,6 +51,10 @@ class Evaluation:
     def loss(self) -> float:
         return self.losses.mean().item()
 
+    def where(self, kept: Tensor) -> Evaluation:
+        """The same over the tasks where `kept`, bool `[n]`, is true."""
+        return replace(self, values=self.values[kept], losses=self.losses[kept])
+
     def __str__(self) -> str:
         name = f"{self.split} {self.metric}".strip()
         return f"{name} {self.mean:.3f} +- {self.ci95:.3f} over {len(self.values)} tasks"
@@ -87,10 +93,10 @@ def evaluate(
     device = next((p.device for p in algorithm.parameters()), torch.device("cpu"))
     values, losses = [], []
     modes = [(module, module.training) for module in algorithm.modules()]
-    cuda = [device] if device.type == "cuda" else []
+    random = random_state(device)
     algorithm.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with torch.no_grad():
             for first in range(0, num_tasks, meta_batch):
                 batch = tasks.sample(min(meta_batch, num_tasks - first), step=episodes, first_task=first)
                 result = algorithm(batch.to(device), steps=steps)
@@ -104,5 +110,6 @@ def evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
+        set_random_state(random, device)
     values, losses = (torch.cat(parts).double().cpu() for parts in (values, losses))
     return Evaluation(metric, values, losses, str(getattr(tasks, "split", "")))
