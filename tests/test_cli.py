@@ -79,7 +79,7 @@ def test_train_alone_is_the_sinusoid_experiment(capsys, tmp_path, monkeypatch):
     figures = re.search(r"^5 shots, published: MAML, 70,000 iterations(.*)$", out, re.M)[1]
     assert figures.split() == ["0.67", "0.38", "0.35"]
     assert re.search(r"^10 shots( +\d+\.\d\d \+- \d+\.\d\d){4}$", out, re.M)
-    assert re.search(r"^speed: [\d,]+ meta-steps a second, \d+\.\d times the [\d,]+ of the same loop", out, re.M)
+    assert re.search(r"^speed: [\d,]+ meta-steps a second, \d+\.\d+ times the [\d,]+ of the same loop", out, re.M)
     for name in ("adapted.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "config.json").read_text())

@@ -29,8 +29,8 @@ SINUSOID_5_SHOTS = {1: 0.67, 5: 0.38, 10: 0.35}
 OMNIGLOT_MLP = {(5, 1): "0.897 +- 0.011", (5, 5): "0.975 +- 0.006"}
 
 _STEPS = (0, 1, 5, 10)
-# a target's mean square is at most 12.5; at a rate of 0.01 about one task in a thousand explodes within ten steps, and one
-# of them would be the whole mean
+# a target's mean square is at most 12.5; at a rate of 0.01 about one task in a thousand explodes within ten steps, and
+# one of them would be the whole mean
 _DIVERGED = 100.0
 _SPEED_SECONDS = 4.0
 
@@ -67,7 +67,7 @@ def sinusoid_extras(folder: Path) -> None:
     draw_adapted(config, algorithm, picture)
     ours, theirs = speed(config, algorithm)
     print(
-        f"speed: {ours:,.0f} meta-steps a second, {ours / theirs:.1f} times the {theirs:,.0f} of the same loop in "
+        f"speed: {ours:,.0f} meta-steps a second, {ours / theirs:.2f} times the {theirs:,.0f} of the same loop in "
         f"eager torch.func (same run, interleaved)"
     )
     print(f"pictures: {picture}, {folder / 'curves.png'}")
