@@ -68,6 +68,12 @@ BAD = [
     BadInput(
         "x-dtype", change(x=torch.ones(11, 6).half()), TypeError, "x must be float32 or float64, got torch.float16"
     ),
+    BadInput(
+        "weight-device",
+        change(weight=torch.ones(14, 6, device="meta")),
+        ValueError,
+        "weight must be on the device of x (cpu)",
+    ),
     BadInput("offsets-dtype", change(offsets=torch.tensor([0.0, 11])), TypeError, "offsets must be int64"),
     BadInput("offsets-end", change(offsets=torch.tensor([0, 3, 4, 9, 10])), ValueError, "offsets must run from 0 to"),
     BadInput("offsets-order", change(offsets=torch.tensor([0, 5, 4, 9, 11])), ValueError, "got 5 then 4 at task 1"),

@@ -200,6 +200,18 @@ BAD = [
         ValueError,
         "support_y must not require a gradient",
     ),
+    BadInput(
+        "label-device",
+        change(support_y=torch.ones(3, 5, dtype=torch.int64, device="meta")),
+        ValueError,
+        "support_y must be on the device of its rows (cpu), got meta",
+    ),
+    BadInput(
+        "params-device",
+        lambda a: {**a, "params": [a["params"][0].to("meta"), *a["params"][1:]]},
+        ValueError,
+        "must be on the device of params[0] (meta), got cpu",
+    ),
     BadInput("mask", change(class_mask=torch.ones(3, 4)), TypeError, "class_mask must be bool, got torch.float32"),
     BadInput("mask-shape", change(class_mask=torch.ones(3, 5).bool()), ValueError, "class_mask must be [T=3, C=4]"),
     BadInput("lr-nan", change(lr=float("nan")), ValueError, "lr must be finite, got nan"),

@@ -69,6 +69,12 @@ BAD = [
         ValueError,
         "params[1] must be [T=3, ...], got shape [2, 7]",
     ),
+    BadInput(
+        "grads-device",
+        lambda a: {**a, "grads": [g.to("meta") for g in a["grads"]]},
+        ValueError,
+        "grads[0] must be on the device of params[0] (cpu), got meta",
+    ),
     BadInput("lr-nan", change(lr=float("nan")), ValueError, "lr must be finite, got nan"),
     BadInput(
         "lr-tensor-inf", change(lr=torch.tensor([1.0, float("inf"), 1])), ValueError, "lr must be finite, got inf"
