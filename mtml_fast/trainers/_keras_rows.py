@@ -34,7 +34,7 @@ class Rows:
 
 def rows_of(x, y, tasks, num_tasks: int) -> Rows:
     """The arguments of fit, evaluate and predict as tensors, checked."""
-    x = _tensor("x", x).float()
+    x = _finite("x", _tensor("x", x).float())
     if x.dim() == 1:
         x = x[:, None]
     if x.dim() != 2 or len(x) == 0:
@@ -49,8 +49,7 @@ def rows_of(x, y, tasks, num_tasks: int) -> Rows:
         for target in y:
             if target.dim() == 0 or len(target) != len(x):
                 raise ValueError(f"y must have the {len(x)} rows of x, got shape {list(target.shape)}")
-            if target.is_floating_point() and bool(target.isnan().any()):
-                raise ValueError(f"y must not be NaN, got NaN in row {int(target.isnan().nonzero()[0, 0])}")
+            _finite("y", target)
     return Rows(x, y, tasks)
 
 
@@ -70,6 +69,16 @@ def _targets(y, num_tasks: int) -> list[Tensor]:
 
 def _tensor(name: str, value) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        value = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be an array or a tensor of numbers, got {type(value).__name__}") from None
+    if value.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {value.dtype}")
+    return value
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    if not bool(value.isfinite().all()):
+        row, *rest = (~value.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {value[(row, *rest)].item()} in row {row}")
+    return value

@@ -1,4 +1,4 @@
-"""Optimizers, losses and metrics by name or as objects; an unknown name is one line that lists the known ones."""
+"""Optimizers, losses and metrics by name, in any case, or as objects; an unknown name lists the known ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtml_fast.ops import _check
 
@@ -48,6 +48,15 @@ LOSSES = {
     "huber": F.huber_loss,
 }
 
+# torch's own modules run as they are, because their settings count, on targets checked as those of the named loss
+MODULES = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.HuberLoss: F.huber_loss,
+}
+
 # what mtml_fast.ops.heads_loss calls the losses that it computes together with the outputs
 FUSED_LOSSES = {F.cross_entropy: "cross_entropy", F.mse_loss: "mse", F.binary_cross_entropy_with_logits: "bce"}
 
@@ -85,7 +94,7 @@ def optimizer(value, params: Iterable[Tensor], lr: float | None = None) -> torch
             raise ValueError("optimizer must hold the parameters of the model that it trains, got one of other tensors")
         return value
     if lr is None:
-        lr = 1e-2 if value == "sgd" else 1e-3
+        lr = 1e-2 if isinstance(value, str) and value.lower() == "sgd" else 1e-3
     _check.number("lr", lr, low=0, exclusive=True)
     made = _named("optimizer", value, OPTIMIZERS)(params, lr)
     if not isinstance(made, torch.optim.Optimizer):
@@ -106,37 +115,49 @@ def metric(value) -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
 
 def _named(argument: str, value, known: dict):
     if isinstance(value, str):
-        if value not in known:
+        if value.lower() not in known:
             raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, or callable, got {value!r}")
-        return known[value]
+        return known[value.lower()]
     if not callable(value):
         raise TypeError(f"{argument} must be a name or callable, got {type(value).__name__}")
     return value
+
+
+def kind(function: Callable) -> Callable:
+    """The named loss whose targets a loss takes; any callable that is not known is itself."""
+    return MODULES.get(type(function), function)
 
 
 def fit_targets(name: str, targets: Tensor, outputs: Sequence[int], dtype: torch.dtype, function) -> Tensor:
     """The targets in the shape and dtype that the loss takes beside outputs of the given shape `[N, ...]`.
 
     Classes for cross-entropy are integers without the outputs' axis 1. Everything else has the outputs' shape; a last
-    axis of one may be left out.
+    axis of one may be left out. Labels of bce lie in [0, 1].
     """
-    shape, outputs = list(targets.shape), list(outputs)
-    if function is F.cross_entropy and not targets.is_floating_point():
+    shape, outputs, known = list(targets.shape), list(outputs), kind(function)
+    if known is F.cross_entropy and not targets.is_floating_point():
         expected = [outputs[0], *outputs[2:]]
         if shape == [*expected, 1]:
             targets = targets.squeeze(-1)
         elif shape != expected:
             raise ValueError(f"{name} must be classes {expected} for outputs {outputs}, got shape {shape}")
-        _check.labels(name, targets.long(), outputs[1])
+        labels = targets.long()
+        if isinstance(function, nn.CrossEntropyLoss):
+            # the module leaves these rows out
+            labels = labels.where(labels != function.ignore_index, 0)
+        _check.labels(name, labels, outputs[1])
         return targets.long()
-    if [*shape, 1] == outputs and (targets.is_floating_point() or function in LOSSES.values()):
+    if [*shape, 1] == outputs and (targets.is_floating_point() or known in LOSSES.values()):
         # left as they are, [N] beside [N, 1] would be compared pair by pair
         targets = targets.unsqueeze(-1)
-    elif function not in LOSSES.values():
+    elif known not in LOSSES.values():
         # an unknown callable decides by itself what shape it takes
         return targets.to(dtype) if targets.is_floating_point() else targets
     elif shape != outputs:
         raise ValueError(f"{name} must have the shape {outputs} of the outputs, got {shape}")
+    if known is F.binary_cross_entropy_with_logits and _check.readable(targets):
+        for outside in targets[(targets < 0) | (targets > 1)][:1].tolist():
+            raise ValueError(f"{name} must be in [0, 1] for bce, got {outside:g}")
     return targets.to(dtype)
 
 

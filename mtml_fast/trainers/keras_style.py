@@ -118,19 +118,20 @@ class MultiTaskMetaLearningModel:
         self,
         optimizer: str | Callable | torch.optim.Optimizer = "adam",
         loss: str | Callable = "mse",
-        metrics: Sequence[str | Callable] = ("mae",),
+        metrics: Sequence[str | Callable] | None = None,
         learning_rate: float | None = None,
     ) -> None:
-        """Chooses how to train.
+        """Chooses how to train; a name may be written in any case.
 
         Args:
             optimizer: a name (adam, adamw, nadam, radam, rmsprop, adagrad, sgd), a `callable(params, lr)` such as a
                 torch optimizer's class, or a torch optimizer of `network.parameters()` (after `build`).
             loss: a name (mse, mae, huber, cross_entropy, bce, or Keras' longer names) or a
                 `callable(outputs, targets)` that gives a mean.
-            metrics: names (mae, mse, accuracy) or such callables.
+            metrics: names (mae, mse, accuracy) or such callables; `None`: none.
             learning_rate: `None`: 1e-3, and 1e-2 for "sgd".
         """
+        metrics = () if metrics is None else metrics
         if isinstance(metrics, str) or not isinstance(metrics, Sequence):
             raise TypeError(f"metrics must be a list, got {metrics!r}")
         named = [_names.metric(value) for value in metrics]

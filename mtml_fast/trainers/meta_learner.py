@@ -299,7 +299,8 @@ def _check_steps(steps: int, lr: float, layers: str) -> None:
 
 def _widths(targets: list[Tensor], loss: Callable) -> list[int]:
     """How many outputs the targets `[N, ...]` of each entry ask for."""
-    elementwise = loss is not F.cross_entropy and loss in _names.LOSSES.values()
+    known = _names.kind(loss)
+    elementwise = known is not F.cross_entropy and known in _names.LOSSES.values()
     if elementwise or targets[0].is_floating_point():
         return [target.shape[1] if target.dim() > 1 else 1 for target in targets]
     # one number for all: that a class is missing among a task's rows says nothing

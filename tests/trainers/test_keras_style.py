@@ -76,8 +76,19 @@ def test_evaluate_returns_what_keras_returns():
     assert values["loss"] == pytest.approx((error**2).mean(), rel=1e-5)
     assert values["mae"] == pytest.approx(np.abs(error).mean(), rel=1e-5)
     assert model.evaluate(x, y) == pytest.approx(list(values.values()), rel=1e-5)
-    model.compile(metrics=[])
-    assert model.evaluate(torch.tensor(x), torch.tensor(y[:, 0])) == pytest.approx(values["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("none", [{}, {"metrics": None}, {"metrics": []}])
+def test_without_metrics_there_is_the_loss_alone(none):
+    x, y = data()
+    model = MultiTaskMetaLearningModel(in_features=3)
+    model.compile(loss="mse", **none)
+    expected = pytest.approx(((model.predict(x) - y) ** 2).mean(), rel=1e-5)
+    loss = model.evaluate(torch.tensor(x), torch.tensor(y[:, 0]))
+    assert isinstance(loss, float)
+    assert loss == expected
+    assert model.evaluate(x, y, return_dict=True) == {"loss": expected}
+    assert list(model.fit(x, y, verbose=0).history) == ["loss"]
 
 
 def test_seed_fixes_everything():
@@ -198,6 +209,32 @@ def test_verbose_prints_a_line_an_epoch(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("Adam", 1e-3), ("SGD", 1e-2), ("RMSprop", 1e-3)])
+def test_names_are_taken_in_any_case(optimizer, rate):
+    x, y = data()
+    model = compiled(optimizer=optimizer, loss="MSE", metrics=["MAE"], in_features=3)
+    assert type(model.optimizer) is getattr(torch.optim, optimizer)
+    assert model.optimizer.param_groups[0]["lr"] == rate
+    loss, mae = model.evaluate(x, y)
+    error = model.predict(x) - y
+    assert (loss, mae) == (pytest.approx((error**2).mean(), rel=1e-5), pytest.approx(np.abs(error).mean(), rel=1e-5))
+
+
+def test_settings_of_a_loss_object_count():
+    """Ignored rows, smoothing and delta are the object's own; the checks of its targets are those of the named loss."""
+    x, _ = data(12)
+    y = torch.arange(12) % 3
+    y[4] = -100
+    for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.3)):
+        model = compiled(outputs=3, loss=loss, metrics=None, in_features=3)
+        expected = loss(torch.tensor(model.predict(x)), y).item()
+        assert model.evaluate(x, y) == pytest.approx(expected, rel=1e-5)
+        assert model.evaluate(x, y[:, None]) == pytest.approx(expected, rel=1e-5)
+    huber = compiled(loss=nn.HuberLoss(delta=0.1), metrics=None, in_features=3)
+    expected = F.huber_loss(torch.tensor(huber.predict(x)), y[:, None].float(), delta=0.1).item()
+    assert huber.evaluate(x, y) == pytest.approx(expected, rel=1e-5)
+
+
 def test_summary_counts_the_parameters(capsys):
     MultiTaskMetaLearningModel(in_features=3, num_tasks=2).summary()
     lines = capsys.readouterr().out.splitlines()
@@ -237,6 +274,13 @@ def test_an_interrupt_lets_the_step_finish():
 X, Y = data(12)
 
 
+def at(array, row, value):
+    """A copy with another value in a row."""
+    array = array.copy()
+    array[row, -1] = value
+    return array
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -263,7 +307,21 @@ X, Y = data(12)
             "optimizer must hold the parameters of the model that it trains, got one of other tensors",
         ),
         (lambda: compiled().fit(X, Y[:5]), "y must have the 12 rows of x, got shape [5, 1]"),
-        (lambda: compiled().fit(X, Y * np.nan), "y must not be NaN, got NaN in row 0"),
+        (lambda: compiled().fit(X, Y * np.nan), "y must be finite, got nan in row 0"),
+        (lambda: compiled().fit(X, at(Y, 7, -np.inf)), "y must be finite, got -inf in row 7"),
+        (lambda: compiled().fit(at(X, 5, np.nan), Y), "x must be finite, got nan in row 5"),
+        (lambda: compiled(in_features=3).evaluate(at(X, 11, np.inf), Y), "x must be finite, got inf in row 11"),
+        (lambda: compiled(in_features=3).predict(at(X, 3, np.nan), batch_size=2), "x must be finite, got nan in row 3"),
+        (
+            lambda: compiled().fit(X, Y, validation_data=(at(X, 2, np.nan), Y), verbose=0),
+            "x must be finite, got nan in row 2",
+        ),
+        (lambda: compiled().fit(X + 1j, Y), "x must be real numbers, got torch.complex128"),
+        (lambda: compiled().fit(X, Y + 1j), "y must be real numbers, got torch.complex128"),
+        (
+            lambda: compiled(num_tasks=2).fit(X, [Y, torch.tensor(Y, dtype=torch.complex64)]),
+            "y[1] must be real numbers, got torch.complex64",
+        ),
         (lambda: compiled().fit(X, np.ones((12, 2)), verbose=0), "y must have the shape [12, 1] of the outputs, got"),
         (lambda: compiled().fit(X[None], Y), "x must be [R, D] with at least one row, got shape [1, 12, 3]"),
         (lambda: compiled().fit("x", Y), "x must be an array or a tensor of numbers, got str"),
@@ -285,6 +343,26 @@ X, Y = data(12)
         (
             lambda: compiled(loss="cross_entropy", outputs=2).fit(X, [2] * 12, verbose=0),
             "y must be in 0..1, got 2",
+        ),
+        (
+            lambda: compiled(loss=nn.CrossEntropyLoss(), outputs=2).fit(X, [5] * 12, verbose=0),
+            "y must be in 0..1, got 5",
+        ),
+        (
+            lambda: compiled(loss=nn.CrossEntropyLoss(label_smoothing=0.1), outputs=2).fit(X, [-1] * 12, verbose=0),
+            "y must be in 0..1, got -1",
+        ),
+        (
+            lambda: compiled(loss="bce").fit(X, at(np.ones((12, 1)), 4, 1.5), verbose=0),
+            "y must be in [0, 1] for bce, got 1.5",
+        ),
+        (
+            lambda: compiled(loss=nn.BCEWithLogitsLoss(), in_features=3).evaluate(X, [-1] * 12),
+            "y must be in [0, 1] for bce, got -1",
+        ),
+        (
+            lambda: compiled(loss=nn.MSELoss()).fit(X, np.ones((12, 2)), verbose=0),
+            "y must have the shape [12, 1] of the outputs, got [12, 2]",
         ),
         (
             lambda: compiled().fit(X * 1e30, Y, verbose=0),
