@@ -12,7 +12,8 @@ import torch
 
 import mtml_fast as mf
 from mtml_fast.files import write_atomically
-from mtml_fast.trainers.checkpoint import differences, load_best
+from mtml_fast.trainers.checkpoint import load_best
+from mtml_fast.trainers.identity import differences
 
 __all__ = ["Config", "check_option", "open_run"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,8 +18,9 @@ from mtml_fast.files import save_tensors
 from mtml_fast.ops._check import readable
 from mtml_fast.tasks import TaskRows
 from mtml_fast.trainers import _names
-from mtml_fast.trainers.checkpoint import Checkpoints, differences, pack, random_state, set_random_state
+from mtml_fast.trainers.checkpoint import Checkpoints, check_state, pack, random_state, set_random_state
 from mtml_fast.trainers.evaluation import VALIDATION_STEP, Evaluation, evaluate
+from mtml_fast.trainers.identity import identity
 from mtml_fast.trainers.interrupts import Interrupts
 from mtml_fast.trainers.progress import Progress
 from mtml_fast.trainers.report import save_curves, save_history
@@ -138,7 +140,16 @@ class Trainer:
         self._device = self._parameters[0].device
         self.optimizer = _names.optimizer(optimizer, self._parameters, meta_lr)
         self.scheduler = _scheduler(scheduler, self.optimizer)
-        self._meta_lr = None if isinstance(optimizer, torch.optim.Optimizer) else meta_lr
+        # before any of it moves
+        self._run = identity(
+            algorithm,
+            tasks,
+            self.optimizer,
+            self.scheduler,
+            meta_batch=meta_batch,
+            meta_lr=None if isinstance(optimizer, torch.optim.Optimizer) else meta_lr,
+            clip_grad=clip_grad,
+        )
 
         self.step = 0
         self.history: list[dict] = []
@@ -166,7 +177,8 @@ class Trainer:
             set_random_state(self._random, self._device)
             try:
                 if self.step < steps and not self.stopped_early:
-                    self._fit(steps, math.inf if minutes is None else 60 * minutes, interrupts)
+                    with self._owned():
+                        self._fit(steps, math.inf if minutes is None else 60 * minutes, interrupts)
             finally:
                 self._random = random_state(self._device)
                 set_random_state(outside, self._device)
@@ -326,24 +338,6 @@ class Trainer:
                 f"last checkpoint: {last}"
             )
 
-    def _run(self) -> dict:
-        """What must be the same for a checkpoint to be this run's."""
-        shapes = {
-            name: f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            for name, value in self.algorithm.state_dict().items()
-        }
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            "parameter": shapes,
-            "tasks": str(getattr(self.tasks, "fingerprint", type(self.tasks).__name__)),
-            "seed": getattr(self.tasks, "seed", None),
-            "meta_batch": self.meta_batch,
-            "meta_lr": self._meta_lr,
-            "optimizer": type(self.optimizer).__name__,
-            "scheduler": None if self.scheduler is None else type(self.scheduler).__name__,
-            "clip_grad": self.clip_grad,
-        }
-
     def _state(self) -> dict:
         return {
             "step": self.step,
@@ -368,7 +362,7 @@ class Trainer:
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.step - 1}: not saved, the last is kept"
                 )
-        self._checkpoints.save(self.step, self._state(), self._run())
+        self._checkpoints.save(self.step, self._state(), self._run)
         self._saved_step = self.step
         self._save_copies()
 
@@ -382,28 +376,46 @@ class Trainer:
             self._saved_best = self.best["step"]
         save_history(folder / "history.csv", self.history)
 
-    def _resume(self, resume: str | bool) -> None:
-        folder, found = self._checkpoints.folder, bool(self._checkpoints.paths())
-        if resume is True and not found:
-            raise FileNotFoundError(f"resume=True needs a checkpoint, and folder {folder} holds none")
-        if resume is False and found:
-            raise FileExistsError(f"checkpoint folder {folder} holds a run: choose another, or resume it")
-        if not found:
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """The checkpoint folder to itself, and as this trainer left it."""
+        if self._checkpoints is None:
+            yield
             return
-        state, run = self._checkpoints.load()
-        if differing := differences(run, self._run()):
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise ValueError(f"checkpoint folder {folder} holds another run: {'; '.join(differing[:3])}{more}")
-        self.step, self._seconds = state["step"], state["seconds"]
+        with self._checkpoints.owned():
+            paths = self._checkpoints.paths()
+            if paths and int(paths[-1].stem.removeprefix("step-")) != self._saved_step:
+                raise FileExistsError(
+                    f"checkpoint folder {self._checkpoints.folder} was written by another trainer meanwhile: "
+                    f"make a new Trainer, which goes on from its {paths[-1].name}"
+                )
+            yield
+
+    def _resume(self, resume: str | bool) -> None:
+        checkpoints, folder = self._checkpoints, self._checkpoints.folder
+        if resume is True and not checkpoints.paths():
+            raise FileNotFoundError(f"resume=True needs a checkpoint, and folder {folder} holds none")
+        if resume is False and checkpoints.paths():
+            raise FileExistsError(f"checkpoint folder {folder} holds a run: choose another, or resume it")
+        with checkpoints.owned():
+            if checkpoints.paths():
+                checkpoints.load(self._run, self._use)
+                self._saved_step = self.step
+                self._save_copies()
+
+    def _use(self, state: dict) -> None:
+        """Go on from a checkpoint's state; ValueError where it is none that this trainer could have saved."""
+        check_state(state, self.algorithm)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise ValueError(f"its optimizer or scheduler does not fit: {error!r}") from None
         self.algorithm.load_state_dict(state["algorithm"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self._random = state["random"]
+        self.step, self._seconds, self._random = state["step"], state["seconds"], state["random"]
         self.monitor, self.best, self._without_better = state["monitor"], state["best"], state["without_better"]
         self.history, self._losses, self._accuracies = state["history"], state["losses"], state["accuracies"]
-        self._saved_step = self.step
-        self._save_copies()
 
 
 def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:

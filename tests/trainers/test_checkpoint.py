@@ -3,12 +3,14 @@
 import errno
 import os
 import re
+import signal
 
 import pytest
 import torch
 
 from mtml_fast.files import load_tensors
-from mtml_fast.trainers.checkpoint import Checkpoints, differences, pack, unpack
+from mtml_fast.trainers.checkpoint import Checkpoints, load_best, pack, unpack
+from mtml_fast.trainers.identity import differences
 
 from .runs import Lines, Pooled, make
 
@@ -110,8 +112,10 @@ def test_no_whole_checkpoint_is_one_clear_line(tmp_path):
     make(tmp_path).fit(10)
     for path in tmp_path.glob("step-*"):
         path.write_bytes(path.read_bytes()[:-3])
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"holds no checkpoint that is whole: .*damaged"):
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is whole: .*step-00000010\S* is damaged"):
         make(tmp_path)
+    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -228,6 +232,84 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     assert [name for name in names(tmp_path) if name.startswith(".")] == [".mine.tmp"]
 
 
-def test_loading_from_an_empty_folder_is_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} holds no checkpoint")):
-        Checkpoints(tmp_path).load()
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_loading_where_there_is_no_checkpoint_is_one_line_and_writes_nothing(tmp_path, folder):
+    for read in (Checkpoints(tmp_path / folder).load, lambda: load_best(Pooled(), tmp_path / folder)):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / folder} holds no checkpoint")):
+            read()
+    assert names(tmp_path) == []
+
+
+def test_reading_writes_nothing(tmp_path, monkeypatch):
+    trainer = make(tmp_path).fit(12)
+    (tmp_path / "best.safetensors").unlink()
+    newest = tmp_path / "step-00000012.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    # a live process's file
+    (tmp_path / ".step-00000013.safetensors.123.tmp").write_bytes(b"half")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def written(*args, **kwargs):
+        pytest.fail("reading must not write")
+
+    with monkeypatch.context() as patch:
+        # as a read-only folder would, whoever runs the tests
+        for name in ("mkdir", "touch", "unlink", "rename"):
+            patch.setattr(type(tmp_path), name, written)
+        with pytest.warns(RuntimeWarning, match=r"step-00000012\S* is damaged.*going on from step-00000010"):
+            assert load_best(trainer.algorithm, tmp_path) == 10
+        with pytest.warns(RuntimeWarning, match="is damaged"):
+            assert Checkpoints(tmp_path).load()["step"] == 10
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_second_trainer_in_the_folder_is_refused_while_the_first_trains(tmp_path):
+    pytest.importorskip("fcntl")
+    trainer, waiting = make(tmp_path), make(tmp_path)
+    step = trainer._train_step
+
+    def others():
+        step()
+        for other in (lambda: make(tmp_path), lambda: waiting.fit(3)):
+            with pytest.raises(BlockingIOError, match=r"checkpoint folder .* is in use by another trainer") as error:
+                other()
+            assert "\n" not in str(error.value)
+        # reading is free
+        assert Checkpoints(tmp_path).load()["step"] == 0
+
+    trainer._train_step = others
+    trainer.fit(2)
+    # it does not know what has been trained since it was made
+    with pytest.raises(FileExistsError, match=r"written by another trainer meanwhile.* from its step-00000002"):
+        waiting.fit(3)
+    assert make(tmp_path).fit(3).step == 3
+
+
+def test_a_killed_trainer_leaves_no_lock(tmp_path):
+    pytest.importorskip("fcntl")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with Checkpoints(tmp_path).owned():
+            os.write(writer, b"x")
+            signal.pause()
+    try:
+        os.read(reader, 1)
+        with pytest.raises(BlockingIOError, match="in use by another trainer"):
+            make(tmp_path)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+    assert make(tmp_path).fit(1).step == 1
+
+
+def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert make(tmp_path).fit(1).step == 1

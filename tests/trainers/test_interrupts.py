@@ -33,7 +33,7 @@ def one_thread():
 
 
 def state_of(folder):
-    state, _ = Checkpoints(folder).load()
+    state = Checkpoints(folder).load()
     for row in state["history"]:
         del row["seconds"], row["tasks_per_second"]
     del state["seconds"]
