@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -66,6 +66,9 @@ def meta_loss(model: nn.Module, batch: TaskBatch, inner: InnerLoop) -> Result:
         raise ValueError("query must have labels y, got None")
     if batch.num_tasks == 0:
         raise ValueError("batch must hold at least one task, got none")
+    inner = inner.for_rows("support", batch.support)
+    if batch.support.class_mask is None and batch.query.class_mask is not None:
+        batch = TaskBatch(replace(batch.support, class_mask=batch.query.class_mask), batch.query)
     outputs, losses = plan_for(model, inner, batch.support).query(batch)
     return Result(losses.mean(), losses, outputs, batch.query)
 
@@ -105,8 +108,11 @@ class MAML(nn.Module):
         self.model = model
         inner.setdefault("first_order", self.first_order)
         self._inner = InnerLoop(lr=lr, steps=steps, **inner)
-        # rates that learn are parameters of the algorithm; a name may hold dots, an attribute may not
-        learned = {"lr": lr} if not isinstance(lr, Mapping) else {f"lr_{k.replace('.', '_')}": v for k, v in lr.items()}
+        unknown = [] if not isinstance(lr, Mapping) else [n for n in lr if n not in dict(model.named_parameters())]
+        if unknown:
+            raise ValueError(f"lr must name parameters of the model, got {unknown[0]!r}")
+        # rates that learn are parameters of the algorithm
+        learned = {"lr": lr} if not isinstance(lr, Mapping) else {_attribute(name): rate for name, rate in lr.items()}
         for name, rate in learned.items():
             if isinstance(rate, nn.Parameter):
                 self.register_parameter(name, rate)
@@ -118,7 +124,7 @@ class MAML(nn.Module):
         """The inner loop's settings."""
         lr = self._inner.lr
         if isinstance(lr, Mapping):
-            own = {k: getattr(self, f"lr_{k.replace('.', '_')}", v) for k, v in lr.items()}
+            own = {name: getattr(self, _attribute(name), rate) for name, rate in lr.items()}
             return replace(self._inner, lr=own)
         return replace(self._inner, lr=self.lr) if isinstance(lr, Tensor) else self._inner
 
@@ -133,10 +139,19 @@ class MAML(nn.Module):
 
     def extra_repr(self) -> str:
         inner = self._inner
-        return f"lr={inner.lr}, steps={inner.steps}, first_order={inner.first_order}, layers={inner.layers!r}"
+        learned = isinstance(inner.lr, (Tensor, Mapping))
+        settings = {f.name: getattr(inner, f.name) for f in fields(inner) if f.name not in ("lr", "chunk", "plan")}
+        # a function's address is another one in every process
+        settings["loss"] = getattr(inner.loss, "__qualname__", inner.loss)
+        return ", ".join([f"lr={'a tensor' if learned else inner.lr}", *(f"{k}={v}" for k, v in settings.items())])
 
     def _with(self, steps: int | None) -> InnerLoop:
         return self.inner if steps is None else replace(self.inner, steps=steps)
+
+
+def _attribute(name: str) -> str:
+    """Where a parameter's rate is kept: an attribute may hold no dots, and no parameter's name holds a slash."""
+    return f"lr/{name.replace('.', '/')}"
 
 
 class FOMAML(MAML):

@@ -45,9 +45,10 @@ def adapt(model: nn.Module, support: TaskRows, **inner) -> Adapted:
     """
     if not isinstance(support, TaskRows):
         raise TypeError(f"support must be TaskRows, got {type(support).__name__}")
-    settings = InnerLoop(**inner)
-    plan = plan_for(model, settings, support)
-    parameters, statistics = plan.parameters(support, {})
+    settings = InnerLoop(**inner).for_rows("support", support)
+    if support.num_tasks == 0:
+        raise ValueError("support must hold at least one task, got none")
+    parameters, statistics = plan_for(model, settings, support).parameters(support, {})
     return Adapted(model, settings, parameters, statistics, support.class_mask)
 
 
@@ -82,13 +83,13 @@ class Adapted:
 
     def __call__(self, query: TaskRows | Tensor) -> Tensor:
         """Outputs `[T, Q, C]` of rows `[T, Q, ...]`, or `[R, C]` of packed rows."""
-        rows = self._rows(query)
+        rows = self._rows("query", query)
         return plan_for(self.model, self.inner, rows).predict(self.parameters, self._statistics, rows)
 
     def loss(self, query: TaskRows) -> Tensor:
         """Each task's mean loss `[T]`."""
-        rows = self._rows(query)
-        loss = self.inner.loss_for(rows)
+        rows = self._rows("query", query)
+        loss = self.inner.for_rows("query", rows).loss
         outputs = self(rows)
         masks = [None] * self.num_tasks if rows.class_mask is None else rows.class_mask
         if rows.is_ragged:
@@ -120,13 +121,13 @@ class Adapted:
 
     def update(self, support: TaskRows, **changes) -> Adapted:
         """Go on from here: the same number of steps (or other settings of `InnerLoop`) on more support rows."""
-        rows = self._rows(support)
-        settings = replace(self.inner, **changes)
+        rows = self._rows("support", support)
+        settings = replace(self.inner, **changes).for_rows("support", rows)
         if settings.layers != self.inner.layers:
             raise ValueError(f"layers must stay {self.inner.layers!r} in an update, got {settings.layers!r}")
         plan = plan_for(self.model, settings, rows)
         parameters, statistics = plan.parameters(rows, self.parameters)
-        return Adapted(self.model, settings, parameters, statistics, self._class_mask)
+        return Adapted(self.model, settings, parameters, statistics, rows.class_mask)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the adapted and the other parameters, and the settings, to one checksummed file."""
@@ -144,7 +145,13 @@ class Adapted:
         tensors |= {f"lr/{name}": rate for name, rate in rates.items() if isinstance(rate, Tensor)}
         settings = {k: v for k, v in vars(inner).items() if k != "lr"}
         settings["layers"] = inner.layers if isinstance(inner.layers, str) else list(inner.layers)
-        metadata = {"kind": "adapted", "settings": settings, "lr": numbers, "statistics": len(self._statistics)}
+        metadata = {
+            "kind": "adapted",
+            "model": repr(self.model),
+            "settings": settings,
+            "lr": numbers,
+            "statistics": len(self._statistics),
+        }
         save_tensors(path, {name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
 
     @classmethod
@@ -154,11 +161,16 @@ class Adapted:
         if metadata.get("kind") != "adapted":
             raise ValueError(f"path must be a file of Adapted.save, got {os.fspath(path)} (a {metadata.get('kind')!r})")
         part = lambda head: {n[len(head) :]: t for n, t in tensors.items() if n.startswith(head)}  # noqa: E731
+        missing = [key for key in ("model", "settings", "lr", "statistics") if key not in metadata]
+        if missing:
+            raise ValueError(f"path must be a file of Adapted.save, got {os.fspath(path)} (without {missing[0]!r})")
         model = copy.deepcopy(model)
         state, own = part("model/"), model.state_dict()
         for name in sorted({*state, *own}):
             if name not in state or name not in own or state[name].shape != own[name].shape:
                 raise ValueError(f"model must be the one that was saved in {os.fspath(path)}, it differs in {name!r}")
+        if metadata["model"] != repr(model):
+            raise ValueError(f"model must be the one that was saved in {os.fspath(path)}, its layers differ")
         model.load_state_dict(state)
         rates = {**metadata["lr"], **part("lr/")}
         inner = InnerLoop(lr=rates.get("", rates), **metadata["settings"])
@@ -167,10 +179,10 @@ class Adapted:
         ]
         return cls(model, inner, part("adapted/"), statistics, tensors.get("class_mask"))
 
-    def _rows(self, rows: TaskRows | Tensor) -> TaskRows:
+    def _rows(self, name: str, rows: TaskRows | Tensor) -> TaskRows:
         rows = TaskRows(rows) if isinstance(rows, Tensor) else rows
         if not isinstance(rows, TaskRows):
-            raise TypeError(f"query must be TaskRows or a tensor [T, Q, ...], got {type(rows).__name__}")
+            raise TypeError(f"{name} must be TaskRows or a tensor [T, Q, ...], got {type(rows).__name__}")
         if rows.num_tasks != self.num_tasks:
-            raise ValueError(f"query must hold the {self.num_tasks} tasks that were adapted to, got {rows.num_tasks}")
+            raise ValueError(f"{name} must hold the {self.num_tasks} tasks that were adapted to, got {rows.num_tasks}")
         return rows if rows.class_mask is not None else replace(rows, class_mask=self._class_mask)

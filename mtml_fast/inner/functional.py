@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mtml_fast.inner.cost import forward_cost
-from mtml_fast.inner.exact_norms import ExactNorms
+from mtml_fast.inner.exact_layers import ExactLayers
 from mtml_fast.inner.loop import InnerLoop, masked_outputs, mean_loss
 from mtml_fast.ops import _check, sgd_step
-from mtml_fast.ops.mlp_adapt.reference import rate_at
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 # what the intermediate results of one chunk of tasks may take, where the user gives no number of tasks
@@ -27,11 +28,27 @@ MEMORY = 2 << 30
 class _Known:
     """What has been found out about a model."""
 
-    batchable: bool = True  # whether vmap can take it
-    bytes: dict[tuple, int] = field(default_factory=dict)  # what a task of these shapes takes
+    # the losses with which it was tried under vmap, and those with which vmap could not take it
+    tried: set = field(default_factory=set)
+    looped: set = field(default_factory=set)
+    # what a task takes, by the shapes of its rows
+    bytes: dict[tuple, int] = field(default_factory=dict)
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+# functional_call puts tensors into the user's module for a while, and the choice of an attention kernel is the whole
+# process's: one thread at a time
+_ONE_AT_A_TIME = threading.RLock()
+
+
+def _one_at_a_time(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def alone(*args, **kwargs):
+        with _ONE_AT_A_TIME:
+            return method(*args, **kwargs)
+
+    return alone
 
 
 class FunctionalPlan:
@@ -39,40 +56,45 @@ class FunctionalPlan:
 
     name = "functional"
 
+    @_one_at_a_time
     def __init__(self, model: nn.Module, inner: InnerLoop, why: str):
         self.model, self.inner, self.why = model, inner, why
-        self.names = inner.adapted_names(model)
+        self._slots, self._buffers = _slots(model)
         self._known = _KNOWN.setdefault(model, _Known())
 
+    @_one_at_a_time
     def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Query outputs [T, Q, C] or [R, C], and the tasks' query losses [T]."""
-        inner, support_loss = self.inner, self.inner.loss_for(batch.support)
-        _check_labels(support_loss, batch.support, batch.query)
+        loss = self.inner.loss
+        self._check(batch.support, batch.query)
+        self._try(batch.support)
         outputs, losses = _Collected(batch.query), _Collected(batch.query)
         for tasks in self._chunks(batch.support, batch.query):
             support, query = _rectangle(batch.support, tasks), _rectangle(batch.query, tasks)
-            theta = self._adapt(support, support_loss, {})
+            theta = self._adapt(support, {})
             statistics = self._statistics(theta, support)
             z = self._forward(theta, statistics, query.x)
             mask = support.class_mask
             if query.y is None:
                 losses.add(tasks, z.new_zeros(z.shape[0]))
             else:
-                mean = lambda z, y, m: mean_loss(support_loss, z, y, m)  # noqa: E731
+                if loss == "cross_entropy":
+                    _check.labels("query_y", query.y, z.shape[2])
+                mean = lambda z, y, m: mean_loss(loss, z, y, m)  # noqa: E731
                 losses.add(tasks, self._map(mean, (0, 0, None if mask is None else 0), z, query.y, mask))
-            shape = None if mask is None else mask.reshape(mask.shape[0], *[1] * (z.dim() - 2), mask.shape[1])
-            outputs.add(tasks, masked_outputs(z, shape, inner.loss or support_loss))
+            outputs.add(tasks, masked_outputs(z, mask, loss))
         return outputs.rows(), losses.tasks()
 
+    @_one_at_a_time
     def parameters(self, support: TaskRows, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list]:
         """The adapted parameters, name -> [T, ...], and the batch statistics that predictions need."""
-        loss = self.inner.loss_for(support)
-        _check_labels(loss, support)
-        collected = {name: _Collected(support) for name in self.names}
+        self._check(support)
+        self._try(support)
+        collected = {name: _Collected(support) for name in self.inner.adapted_names(self.model)}
         statistics: list[tuple[_Collected, _Collected]] = []
         for tasks in self._chunks(support, support):
             rows = _rectangle(support, tasks)
-            theta = self._adapt(rows, loss, {name: value[tasks] for name, value in start.items()})
+            theta = self._adapt(rows, {name: value[tasks] for name, value in start.items()})
             for name, value in theta.items():
                 collected[name].add(tasks, value)
             recorded = self._statistics(theta, rows)
@@ -83,6 +105,7 @@ class FunctionalPlan:
         parameters = {name: value.tasks() for name, value in collected.items()}
         return parameters, [(mean.tasks(), variance.tasks()) for mean, variance in statistics]
 
+    @_one_at_a_time
     def predict(self, parameters: dict[str, Tensor], statistics: list, rows: TaskRows) -> Tensor:
         """Outputs of the adapted networks: [T, Q, C] or [R, C]."""
         outputs = _Collected(rows)
@@ -90,11 +113,10 @@ class FunctionalPlan:
             query = _rectangle(rows, tasks)
             theta = {name: value[tasks] for name, value in parameters.items()}
             z = self._forward(theta, [(m[tasks], v[tasks]) for m, v in statistics], query.x)
-            mask = query.class_mask
-            shape = None if mask is None else mask.reshape(mask.shape[0], *[1] * (z.dim() - 2), mask.shape[1])
-            outputs.add(tasks, masked_outputs(z, shape, self.inner.loss or "cross_entropy"))
+            outputs.add(tasks, masked_outputs(z, query.class_mask, self.inner.loss))
         return outputs.rows()
 
+    @_one_at_a_time
     def cost(self, batch: TaskBatch) -> tuple[int, int]:
         """Operations and bytes of the meta-step, from one task's forward pass."""
         operations = size = 0
@@ -108,18 +130,19 @@ class FunctionalPlan:
             size += len(tasks) * (steps * b_support * (1 if self.inner.first_order else 3) + b_query)
         return operations, size
 
-    def _adapt(self, support: TaskRows, loss, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _adapt(self, support: TaskRows, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """K steps for tasks of equal size: name -> [T, ...]."""
         inner, tasks = self.inner, support.num_tasks
-        shared = {name: p for name, p in self.model.named_parameters() if name in self.names}
+        names = inner.adapted_names(self.model)
+        shared = {name: p for name, p in self.model.named_parameters() if name in names}
         theta = start or shared
         per_task = bool(start)
-        rates = inner.rates(self.names, list(shared.values())) if inner.steps else []
+        rates = inner.rates(names, list(shared.values()))
         buffers = None
         mask = support.class_mask
 
         def task_loss(values, x, y, class_mask):
-            return mean_loss(loss, self._call(values, x), y, class_mask)
+            return mean_loss(inner.loss, self._call(values, x), y, class_mask)
 
         for k in range(inner.steps):
             in_dims = (0 if per_task else None, 0, 0, None if mask is None else 0)
@@ -130,16 +153,16 @@ class FunctionalPlan:
                 theta = {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
                 per_task = True
             values, buffers = sgd_step(
-                [theta[name] for name in self.names],
-                [grads[name] for name in self.names],
-                lr=[rate_at(rates, k, i) for i in range(len(self.names))],
+                [theta[name] for name in names],
+                [grads[name] for name in names],
+                lr=[_rate(rate, k) for rate in rates],
                 momentum_buffers=buffers,
                 momentum=inner.momentum,
                 weight_decay=inner.weight_decay,
                 clip=inner.clip,
             )
             buffers = buffers or None
-            theta = dict(zip(self.names, values, strict=True))
+            theta = dict(zip(names, values, strict=True))
         if not per_task:
             theta = {name: p.expand(tasks, *p.shape) for name, p in theta.items()}
         return theta
@@ -150,8 +173,8 @@ class FunctionalPlan:
             return []
 
         def record(values, x):
-            with ExactNorms("record") as recorder:
-                functional_call(self.model, self._state(values), (x,))
+            with ExactLayers("record") as recorder:
+                functional_call(self.model, self._state(values), (x,), tie_weights=False)
             return recorder.statistics
 
         return self._map(record, (0, 0), theta, support.x)
@@ -163,36 +186,80 @@ class FunctionalPlan:
         """One task's rows [N, ...] through the model with these parameters."""
         policy = "running" if self.inner.batch_stats == "running" else ("replay" if statistics else "own")
         # attention by its plain formula: the fused kernels have no batching rule and no second derivative
-        with ExactNorms(policy, statistics), sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, self._state(values), (x,))
+        with ExactLayers(policy, statistics), sdpa_kernel(SDPBackend.MATH):
+            outputs = functional_call(self.model, self._state(values), (x,), tie_weights=False)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"model must return one tensor, got {type(outputs).__name__}")
+        return outputs
 
     def _state(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What stands in every slot of the model."""
         # buffers as copies: a batch norm in train mode counts its calls in one
-        return {**values, **{name: buffer.clone() for name, buffer in self.model.named_buffers()}}
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return {
+            slot: values[name] if name in values else buffers[name]
+            for slot, name in self._slots
+            if name in values or name in buffers
+        }
+
+    def _try(self, support: TaskRows) -> None:
+        """Find out on one task whether vmap can take the model, once and without a trace in the random numbers.
+
+        Otherwise the first step of a process would begin under vmap and end in the loop, with other roundings than
+        every later step: a resumed run would not have the bits of an undisturbed one.
+        """
+        if self.inner.loss in self._known.tried:
+            return
+        with torch.no_grad(), torch.random.fork_rng():
+            one = _rectangle(support, [0])
+            plan = FunctionalPlan(self.model, replace(self.inner, steps=1, lr=0.0, first_order=True), self.why)
+            theta = plan._adapt(one, {})
+            plan._adapt(one, theta)
+            plan._forward(theta, [], one.x)
+        self._known.tried.add(self.inner.loss)
 
     def _map(self, function: Callable, in_dims: tuple, *args):
         """function over the task axis of its arguments: by vmap, or task by task for a model that vmap cannot take."""
-        if self._known.batchable:
+        batchable = self.inner.loss not in self._known.looped
+        if batchable:
             try:
                 return vmap(function, in_dims=in_dims, randomness="different")(*args)
+            except torch.OutOfMemoryError:
+                raise
             except (IndexError, RuntimeError) as error:
                 if "out of bounds" in str(error):
-                    raise ValueError(f"y must be a class among the model's outputs: {error}") from None
+                    raise ValueError(f"support_y must be a class among the model's outputs: {error}") from None
                 reason = str(error).splitlines()[0]
         taken = [
             [_task(arg, t) if dim == 0 else arg for arg, dim in zip(args, in_dims, strict=True)]
             for t in range(next(arg.shape[0] for arg in args[1:] if isinstance(arg, Tensor)))
         ]
         results = _stacked([function(*arguments) for arguments in taken])
-        if self._known.batchable:
+        if batchable:
             # the loop got through where vmap did not, so it is vmap that cannot take the model
-            self._known.batchable = False
+            self._known.looped.add(self.inner.loss)
             warnings.warn(
                 f"{type(self.model).__name__} runs one task after the other, torch.func.vmap cannot take it: {reason}",
                 RuntimeWarning,
                 stacklevel=2,
             )
         return results
+
+    def _check(self, *parts: TaskRows) -> None:
+        param = next(p for p in self.model.parameters() if p.is_floating_point())
+        for name, rows in zip(("support", "query"), parts, strict=False):
+            if rows.num_tasks == 0:
+                raise ValueError(f"{name} must hold at least one task, got none")
+            _check.same_device(f"{name}_x", rows.x, param, "the model's parameters")
+            if rows.x.is_floating_point() and rows.x.dtype != param.dtype:
+                raise TypeError(f"{name}_x must have the dtype of the model ({param.dtype}), got {rows.x.dtype}")
+            if self.inner.loss == "cross_entropy" and rows.y is not None:
+                # how many outputs there are only the model knows: labels above are found when it has answered
+                mask = parts[0].class_mask
+                classes = None if mask is None else mask.shape[1]
+                task = torch.arange(rows.num_tasks).repeat_interleave(rows.counts)
+                extra = rows.y.dim() == (1 if rows.is_ragged else 2)
+                _check.labels(f"{name}_y", rows.y, classes, mask if extra else None, task)
 
     def _chunks(self, support: TaskRows, query: TaskRows) -> Iterator[list[int]]:
         """Tasks of equal sizes, at most as many at a time as fit."""
@@ -219,9 +286,9 @@ class FunctionalPlan:
         return max(1, MEMORY // max(1, self._known.bytes[key]))
 
     def _forward_cost(self, x: Tensor) -> tuple[int, int]:
-        values = {name: p for name, p in self.model.named_parameters() if name in self.names}
-        with torch.no_grad():
-            return forward_cost(lambda: self._call(values, x))
+        # a run that draws at random must not notice that its memory was estimated
+        with torch.no_grad(), torch.random.fork_rng():
+            return forward_cost(lambda: self._call({}, x))
 
 
 def _task(value, t: int):
@@ -281,8 +348,25 @@ def _rectangle(rows: TaskRows, tasks: list[int]) -> TaskRows:
     return TaskRows(chosen.x.unflatten(0, lead), y, None, chosen.class_mask)
 
 
-def _check_labels(loss, *parts: TaskRows) -> None:
-    for name, rows in zip(("support", "query"), parts, strict=False):
-        if loss == "cross_entropy" and rows.y is not None:
-            # how many outputs there are only the model knows; torch reports labels above
-            _check.labels(f"{name}_y", rows.y, None)
+def _slots(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, Tensor]]:
+    """Every place of a parameter or buffer in the model with the tensor's first name, and the buffers by that name.
+
+    A tensor may stand in several places (tied weights), and a module may be reached by several names: each place is
+    named once here, because functional_call with tie_weights fills the place of a shared module twice and then leaves
+    a stranger's tensor in it.
+    """
+    first: dict[int, str] = {}
+    places = []
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        own += module.named_buffers(recurse=False, remove_duplicate=False)
+        for key, tensor in own:
+            name = f"{prefix}.{key}" if prefix else key
+            places.append((name, first.setdefault(id(tensor), name)))
+    return places, dict(model.named_buffers())
+
+
+def _rate(rate: Tensor, k: int) -> Tensor:
+    """The rate of step k, as sgd_step takes it: a scalar, or [1, *shape]."""
+    rate = rate[min(k, rate.shape[0] - 1)]
+    return rate.reshape(()) if rate.numel() == 1 else rate[None]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtml_fast.ops import _check
@@ -18,7 +17,7 @@ BATCH_STATS = ("transductive", "support", "running")
 PLANS = ("auto", "mlp", "functional")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerLoop:
     """The settings of K gradient steps on a task's support rows.
 
@@ -37,7 +36,8 @@ class InnerLoop:
             themselves, as the MAML paper does (the answer to one row depends on the other rows of its task, which
             leaks what they have in common); "support": by those of the task's support rows; "running": always by the
             stored running statistics, on support rows too. No policy changes the stored ones.
-        chunk: at most so many tasks at a time in the functional plan; `None` takes as many as fit in 2 GiB.
+        chunk: at most so many tasks at a time in the functional plan; `None` takes as many as fit in 2 GiB. It bounds
+            what a step needs in passing; where a gradient is wanted, the graphs of all tasks are kept until backward.
         plan: "auto", or "mlp" or "functional" to insist on one.
     """
 
@@ -59,6 +59,10 @@ class InnerLoop:
             _check.choice("loss", self.loss, LOSSES)
         if isinstance(self.layers, str):
             _check.choice("layers", self.layers, ("all", "head", "body"))
+        elif not isinstance(self.layers, Sequence) or not all(isinstance(layer, str) for layer in self.layers):
+            raise TypeError(f"layers must be 'all', 'head', 'body' or a list of names, got {self.layers!r}")
+        if not isinstance(self.first_order, bool):
+            raise TypeError(f"first_order must be a bool, got {self.first_order!r}")
         _check.number("momentum", self.momentum, low=0.0, below=1.0)
         _check.number("weight_decay", self.weight_decay, low=0.0)
         if self.clip is not None:
@@ -74,13 +78,13 @@ class InnerLoop:
             else:
                 _check.number(name, rate)
 
-    def loss_for(self, rows: TaskRows) -> str | Callable[[Tensor, Tensor], Tensor]:
-        """The loss of these rows, by their labels where none was chosen."""
+    def for_rows(self, name: str, rows: TaskRows) -> InnerLoop:
+        """The same with the loss that these rows' labels ask for, where none was chosen."""
         if rows.y is None:
-            raise ValueError("support must have labels y, got None")
+            raise ValueError(f"{name} must have labels y, got None")
         if self.loss is not None:
-            return self.loss
-        return "mse" if rows.y.is_floating_point() else "cross_entropy"
+            return self
+        return replace(self, loss="mse" if rows.y.is_floating_point() else "cross_entropy")
 
     def adapted_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that move, in the model's order."""
@@ -103,17 +107,18 @@ class InnerLoop:
         return chosen
 
     def rates(self, names: Sequence[str], params: Sequence[Tensor]) -> list[Tensor]:
-        """The rates of the named parameters (without a task axis), in the form that the operators take."""
-        lr = self.lr
-        if isinstance(lr, Mapping):
-            missing = [name for name in names if name not in lr]
+        """The rates of the named parameters, one tensor each: `[1 or K, *shape]`, or ones in the place of the shape."""
+        shapes = [p.shape for p in params]
+        if isinstance(self.lr, Mapping):
+            missing = [name for name in names if name not in self.lr]
             if missing:
                 raise ValueError(f"lr must have a rate for every adapted parameter, got none for {missing[0]!r}")
-            lr = [lr[name] for name in names]
+            return rate_list([self.lr[name] for name in names], self.steps, shapes, [], like=params[0])
         owners = [name.rpartition(".")[0] for name in names]
         order = list(dict.fromkeys(owners))
-        shapes = [p.shape for p in params]
-        return rate_list(lr, self.steps, shapes, [order.index(owner) for owner in owners], like=params[0])
+        (table,) = rate_list(self.lr, self.steps, shapes, [order.index(owner) for owner in owners], like=params[0])
+        columns = [table[:, min(i, table.shape[1] - 1)] for i in range(len(names))]
+        return [column.reshape(-1, *[1] * len(shape)) for column, shape in zip(columns, shapes, strict=True)]
 
 
 def mean_loss(loss: str | Callable, outputs: Tensor, y: Tensor, class_mask: Tensor | None = None) -> Tensor:
@@ -127,15 +132,18 @@ def mean_loss(loss: str | Callable, outputs: Tensor, y: Tensor, class_mask: Tens
             y = y[..., None]
         if y.shape != outputs.shape:
             raise ValueError(f"y must have the shape of the outputs {list(outputs.shape)}, got {list(y.shape)}")
-        outputs, y = outputs.flatten(1), y.flatten(1)
     if outputs.dim() > 2:
-        return F.cross_entropy(outputs, y)
+        # every place behind the classes counts as a row
+        y = y.flatten() if loss == "cross_entropy" else y.movedim(1, -1).flatten(0, -2)
+        outputs = outputs.movedim(1, -1).flatten(0, -2)
     mask = None if class_mask is None else class_mask[None]
     return task_losses(outputs[None], y[None], loss, None, mask)[0]
 
 
 def masked_outputs(outputs: Tensor, class_mask: Tensor | None, loss: str | Callable) -> Tensor:
-    """Outputs [..., C] with those that a task does not have at -inf under cross_entropy, else at 0."""
+    """Outputs [T, N, C, ...] with those that a task does not have at -inf under cross_entropy, else at 0."""
     if class_mask is None:
         return outputs
-    return torch.where(class_mask, outputs, -torch.inf if loss == "cross_entropy" else 0.0)
+    tasks, classes = class_mask.shape
+    mask = class_mask.reshape(tasks, 1, classes, *[1] * (outputs.dim() - 3))
+    return torch.where(mask, outputs, -torch.inf if loss == "cross_entropy" else 0.0)

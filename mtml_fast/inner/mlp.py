@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mtml_fast.inner.loop import InnerLoop, masked_outputs
-from mtml_fast.nn.mlp import MLPForm, mlp_form
+from mtml_fast.nn.mlp import ACTIVATIONS, MLPForm, mlp_form
 from mtml_fast.ops import mlp_adapt
+from mtml_fast.ops._route import has_hooks
 from mtml_fast.ops.mlp_adapt import MLPAdapted
 from mtml_fast.tasks import TaskBatch, TaskRows
 
-# layers whose answer to a row depends on the other rows of a batch, or on chance
-MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
-MIXING += (nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# layers whose answer to a row depends on that row alone, and not on chance: a body of these may see all tasks at once
+ROWWISE = {nn.Linear, nn.Identity, nn.Flatten, nn.LayerNorm, nn.GroupNorm, *ACTIVATIONS.values()}
+ROWWISE |= {nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d}
+ROWWISE |= {nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d}
 
 
 class MLPPlan:
@@ -24,126 +26,77 @@ class MLPPlan:
     name = "mlp"
 
     def __init__(self, model: nn.Module, inner: InnerLoop, form: MLPForm, body: nn.Module | None, prefix: str):
-        self.model, self.inner, self.form, self.body, self.prefix = model, inner, form, body, prefix
+        self.model, self.inner, self.form, self.body = model, inner, form, body
+        self.names = [prefix + name for name in form.names]
         what = f"a linear head on {type(body).__name__}" if body is not None else "an MLP of nn.Linear layers"
         self.why = f"the model is {what}"
 
     @classmethod
-    def fit(cls, model: nn.Module, inner: InnerLoop, support: TaskRows) -> MLPPlan | str:
+    def fit(cls, model: nn.Module, inner: InnerLoop, rows: TaskRows) -> MLPPlan | str:
         """The plan for this model and these rows, or in a few words why there is none."""
         if callable(inner.loss):
             return "the loss is a function of the user's"
         form = mlp_form(model)
         if isinstance(form, MLPForm):
-            rows = support.x.dim() - (1 if support.is_ragged else 2)
-            if rows != 1 and not form.flatten:
-                return f"its rows have {rows} axes"
+            axes = rows.x.dim() - (1 if rows.is_ragged else 2)
+            if axes != 1 and not form.flatten:
+                return f"its rows have {axes} axes"
             if form.norm and inner.batch_stats != "transductive":
                 return f"batch_stats={inner.batch_stats!r} needs statistics other than those of the rows at hand"
             return cls(model, inner, form, None, "")
-        if inner.layers != "head":
-            return form
-        return cls._head(model, inner, form)
+        return cls._head(model, inner, form) if inner.layers == "head" else form
 
     @classmethod
     def _head(cls, model: nn.Module, inner: InnerLoop, reason: str) -> MLPPlan | str:
-        children = list(model.named_children()) if type(model) is nn.Sequential else []
-        if len(children) < 2 or type(children[-1][1]) is not nn.Linear:
+        children = list(model) if type(model) is nn.Sequential else []
+        if len(children) < 2 or type(children[-1]) is not nn.Linear or has_hooks(model):
             return f"{reason}, and no nn.Sequential that ends with a linear head"
-        body = nn.Sequential(*(child for _, child in children[:-1]))
+        body, head = nn.Sequential(*children[:-1]), children[-1]
         for module in body.modules():
-            if isinstance(module, MIXING):
-                return f"the body has {type(module).__name__}, which mixes rows or draws at random"
-        name, head = children[-1]
+            if type(module) not in (*ROWWISE, nn.Sequential) or has_hooks(module):
+                return f"the body has {type(module).__name__}, which may mix rows, draw at random or keep statistics"
+            if isinstance(module, nn.Flatten) and module.start_dim != 1:
+                return f"the body has a Flatten from axis {module.start_dim} on"
+        if not all(p.requires_grad for p in head.parameters()) or {*head.parameters()} & {*body.parameters()}:
+            return "the head shares parameters or does not require a gradient"
         form = mlp_form(head)
+        name = next(name for name, child in model.named_children() if child is head)
         return form if isinstance(form, str) else cls(model, inner, form, body, f"{name}.")
 
     def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Query outputs [T, Q, C] or [R, C], and the tasks' query losses [T]."""
-        result = self._run(batch.support, batch.query)
+        support, query = batch.support, batch.query
+        result = self._adapt(support, self._features(support), self._features(query), query.y, query.offsets, {})
         return result.outputs, result.losses
 
     def parameters(self, support: TaskRows, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list]:
         """The adapted parameters, name -> [T, ...]; there are no statistics to keep."""
-        # the operator answers for query rows too: one support row of each task is enough
-        if support.is_ragged:
-            first = support.offsets[:-1]
-            query = TaskRows(support.x[first][:, None])
-        else:
-            query = TaskRows(support.x[:, :1])
-        result = self._run(support, query, start=start, return_parameters=True)
-        moved = set(self.inner.adapted_names(self.model))
-        names = [self.prefix + name for name in self.form.names]
-        return {n: p for n, p in zip(names, result.parameters, strict=True) if n in moved}, []
-
-    def _run(self, support: TaskRows, query: TaskRows, start: dict[str, Tensor] | None = None, **options) -> MLPAdapted:
-        inner, form = self.inner, self.form
-        names = [self.prefix + name for name in form.names]
-        moved = set(inner.adapted_names(self.model))
-        params = [(start or {}).get(name, p) for name, p in zip(names, form.params, strict=True)]
-        return mlp_adapt(
-            params,
-            self._features(support),
-            support.y,
-            self._features(query),
-            query.y,
-            lr=self._rates(names, moved),
-            steps=inner.steps,
-            loss=inner.loss_for(support),
-            activation=form.activation,
-            bias=form.bias,
-            norm=form.norm,
-            norm_eps=form.norm_eps,
-            momentum=inner.momentum,
-            weight_decay=inner.weight_decay,
-            clip=inner.clip,
-            support_offsets=support.offsets,
-            query_offsets=query.offsets,
-            class_mask=support.class_mask,
-            adapted=[name in moved for name in names],
-            first_order=inner.first_order,
-            **options,
-        )
-
-    def _rates(self, names: list[str], moved: set[str]):
-        """The adapted parameters' rates, with any rate in the places of the others."""
-        lr = self.inner.lr
-        if not isinstance(lr, dict) and (not isinstance(lr, Tensor) or lr.dim() < 2):
-            return lr
-        places = [i for i, name in enumerate(names) if name in moved]
-        rates = self.inner.rates([names[i] for i in places], [self.form.params[i] for i in places])
-        if len(rates) == 1 and rates[0].dim() == 2:
-            columns = torch.zeros(len(names), dtype=torch.int64, device=rates[0].device)
-            if rates[0].shape[1] > 1:
-                columns[places] = torch.arange(len(places), device=columns.device)
-            return rates[0][:, columns]
-        filled = [torch.zeros((), dtype=rates[0].dtype, device=rates[0].device)] * len(names)
-        for i, rate in zip(places, rates, strict=True):
-            filled[i] = rate
-        return filled
-
-    def _features(self, rows: TaskRows) -> Tensor:
-        lead = 1 if rows.is_ragged else 2
-        x = rows.x
-        if self.body is not None:
-            return self.body(x.flatten(0, lead - 1)).unflatten(0, x.shape[:lead])
-        return x.flatten(lead) if self.form.flatten else x
+        x = self._features(support)
+        # the operator answers for query rows too: one row of each task is enough
+        result = self._adapt(support, x, _first_rows(x, support.offsets), None, None, start, return_parameters=True)
+        moved = {*self.inner.adapted_names(self.model)}
+        return {n: p for n, p in zip(self.names, result.parameters, strict=True) if n in moved}, []
 
     def predict(self, parameters: dict[str, Tensor], statistics: list, rows: TaskRows) -> Tensor:
         """Outputs of the adapted networks: [T, Q, C] or [R, C]."""
-        still = replace(self.inner, steps=0, lr=0.0)
-        labels = torch.zeros((), dtype=torch.int64, device=rows.x.device)
-        unlabelled = replace(rows, y=labels.expand(rows.x.shape[: 1 if rows.is_ragged else 2]))
-        plan = MLPPlan(self.model, replace(still, loss="cross_entropy"), self.form, self.body, self.prefix)
-        # no step is taken, so the support rows do not matter
-        outputs = plan._run(replace(unlabelled, class_mask=None), rows.without_labels(), start=parameters).outputs
-        loss = self.inner.loss
-        mask = rows.class_mask
-        if mask is not None and rows.is_ragged:
-            mask = mask.repeat_interleave(rows.offsets.diff(), 0)
-        elif mask is not None:
-            mask = mask[:, None]
-        return masked_outputs(outputs, mask, loss or "cross_entropy")
+        x, offsets = self._features(rows), rows.offsets
+        features = self.form.params[0].shape[-1]
+        if x.shape[-1] != features:
+            raise ValueError(f"query_x must have D={features} features, got shape {list(x.shape)}")
+        # no step is taken, so any support rows will do
+        support_x = _first_rows(x, offsets)
+        labels = torch.zeros(support_x.shape[:2], dtype=torch.int64, device=x.device)
+        params = [parameters.get(name, p) for name, p in zip(self.names, self.form.params, strict=True)]
+        outputs = mlp_adapt(
+            params, support_x, labels, x, lr=0.0, steps=0, query_offsets=offsets, **self._form_options()
+        ).outputs
+        if rows.class_mask is None:
+            return outputs
+        if offsets is None:
+            return masked_outputs(outputs, rows.class_mask, self.inner.loss)
+        # packed rows: each with its own task's mask
+        mask = rows.class_mask.repeat_interleave(offsets.diff(), 0)
+        return masked_outputs(outputs[:, None], mask, self.inner.loss).squeeze(1)
 
     def cost(self, batch: TaskBatch) -> tuple[int, int]:
         """Operations and bytes of the meta-step as the present implementation does it, by counting."""
@@ -157,3 +110,53 @@ class MLPPlan:
         operations = product * (inner.steps * support * (3 if inner.first_order else 11) + 3 * query)
         values = (inner.steps + 1) * batch.num_tasks * size + (inner.steps * support * 2 + query) * width
         return operations, values * form.params[0].element_size()
+
+    def _adapt(self, support, support_x, query_x, query_y, query_offsets, start, **options) -> MLPAdapted:
+        inner = self.inner
+        moved = {*inner.adapted_names(self.model)}
+        return mlp_adapt(
+            [start.get(name, p) for name, p in zip(self.names, self.form.params, strict=True)],
+            support_x,
+            support.y,
+            query_x,
+            query_y,
+            lr=self._rates(moved),
+            steps=inner.steps,
+            loss=inner.loss,
+            momentum=inner.momentum,
+            weight_decay=inner.weight_decay,
+            clip=inner.clip,
+            support_offsets=support.offsets,
+            query_offsets=query_offsets,
+            class_mask=support.class_mask,
+            adapted=[name in moved for name in self.names],
+            first_order=inner.first_order,
+            **self._form_options(),
+            **options,
+        )
+
+    def _form_options(self) -> dict:
+        form = self.form
+        return dict(activation=form.activation, bias=form.bias, norm=form.norm, norm_eps=form.norm_eps)
+
+    def _rates(self, moved: set[str]):
+        """The adapted parameters' rates; those of the others do not matter."""
+        lr = self.inner.lr
+        if not isinstance(lr, Mapping) and (not isinstance(lr, Tensor) or lr.dim() < 2):
+            return lr
+        params = dict(zip(self.names, self.form.params, strict=True))
+        own = {name: p for name, p in params.items() if name in moved}
+        rates = dict(zip(own, self.inner.rates(list(own), list(own.values())), strict=True))
+        nothing = self.form.params[0].new_zeros(())
+        return [rates[name].expand(-1, *p.shape) if name in own else nothing for name, p in params.items()]
+
+    def _features(self, rows: TaskRows) -> Tensor:
+        lead = 1 if rows.is_ragged else 2
+        if self.body is not None:
+            return self.body(rows.x.flatten(0, lead - 1)).unflatten(0, rows.x.shape[:lead])
+        return rows.x.flatten(lead) if self.form.flatten else rows.x
+
+
+def _first_rows(x: Tensor, offsets: Tensor | None) -> Tensor:
+    """The first row of each task, [T, 1, D]."""
+    return x[:, :1] if offsets is None else x[offsets[:-1]][:, None]

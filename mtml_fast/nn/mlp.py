@@ -87,7 +87,8 @@ def mlp_form(model: nn.Module) -> MLPForm | str:
         leaves = list(_leaves(model))
     else:
         return f"{type(model).__name__} is no nn.Sequential"
-    flatten = bool(leaves) and type(leaves[0][1]) is nn.Flatten and leaves[0][1].start_dim == 1
+    first = leaves[0][1] if leaves else None
+    flatten = type(first) is nn.Flatten and (first.start_dim, first.end_dim) == (1, -1)
     leaves = leaves[flatten:]
     linears = [i for i, (_, m) in enumerate(leaves) if type(m) is nn.Linear]
     if not linears or linears[0] != 0 or linears[-1] != len(leaves) - 1:
@@ -132,16 +133,19 @@ def mlp_form(model: nn.Module) -> MLPForm | str:
 
 
 def _leaves(model: nn.Sequential, prefix: str = ""):
-    for name, child in model.named_children():
+    # named_children names a module that stands there twice only once
+    names = {id(child): name for name, child in model.named_children()}
+    for child in model:
+        name = f"{prefix}{names[id(child)]}"
         if type(child) is nn.Sequential:
-            yield from _leaves(child, f"{prefix}{name}.")
+            yield from _leaves(child, f"{name}.")
         else:
-            yield f"{prefix}{name}", child
+            yield name, child
 
 
 def activation_name(module: nn.Module) -> str | None:
     """The name of an activation with its usual constants."""
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     for name, kind in ACTIVATIONS.items():
         if type(module) is kind:

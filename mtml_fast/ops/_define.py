@@ -49,7 +49,7 @@ class Operator:
     def _native(self, device_type: str) -> bool:
         if device_type not in self._known:
             names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
-            self._known[device_type] = all(has_kernel(name, device_type.upper()) for name in names)
+            self._known[device_type] = all(has_kernel(name, device_type) for name in names)
         return self._known[device_type]
 
 
@@ -123,7 +123,9 @@ def define_op(
         everything = [grad_outputs, *inputs]
         positions = [0, *(i + 1 for i in places)]
         flat = _tensors(everything, positions)
-        wanted = [i for i, needed in enumerate(_flat([ctx.needs_input_grad[i] for i in positions])) if needed]
+        # an argument that is absent has a flag and no tensor
+        flags = _flat([ctx.needs_input_grad[i] for i in positions if everything[i] is not None])
+        wanted = [i for i, needed in enumerate(flags) if needed]
 
         def first(*values):
             replaced = list(flat)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -62,8 +63,13 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# the dispatch state of an ordinary call
-_INCLUDED, _EXCLUDED = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+def _dispatch_state() -> tuple:
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+# the dispatch state of an ordinary call: that of a new thread, for this one may be importing under autocast
+with ThreadPoolExecutor(1) as _thread:
+    _INCLUDED, _EXCLUDED = _thread.submit(_dispatch_state).result()
 
 
 @contextlib.contextmanager
@@ -77,11 +83,17 @@ def ordinary_dispatch() -> Iterator[None]:
         yield
 
 
-def has_kernel(name: str, key: str) -> bool:
-    """Whether operator `name` has its own kernel for a dispatch key such as "CPU"."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether operator `name` has its own kernel for a type of device, such as "cpu"."""
+    key = "Meta" if device_type == "meta" else device_type.upper()
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    except RuntimeError:
+        # a device whose dispatch key has another name: nobody registers kernels for it here
+        return False
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)

@@ -49,6 +49,7 @@ RAGGED, WIDTHS = [3, 1, 5, 2], [2, 7, 1, 4]
 CASES = [
     Case("ragged", make(RAGGED, WIDTHS, 6), axes(True)),
     Case("tiny", make([2, 3], [2, 1], 2, hidden=2, activation="tanh"), axes(True), tiny=True),
+    Case("tiny-hidden-bias", make([2, 1], [1, 2], 2, hidden=2, bias=False, activation="tanh"), tiny=True),
     Case("tiny-equal", make([2, 1], 2, 3, bias=False), tiny=True),
     Case("hidden", make(RAGGED, WIDTHS, 5, hidden=9, activation="gelu"), axes(True)),
     Case("empty-task", make([3, 0, 2], [2, 3, 4], 4)),

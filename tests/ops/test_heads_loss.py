@@ -29,6 +29,7 @@ CASES = [
     Case("mse", make(RAGGED, WIDTHS, 6, loss="mse", hidden=4)),
     Case("bce", make(RAGGED, WIDTHS, 6, loss="bce")),
     Case("empty-task", make([3, 0, 2], [2, 3, 4], 4, loss="cross_entropy")),
+    Case("no-task-classes", make([], 2, 4, loss="cross_entropy")),
     Case("no-task", make([], 2, 4, loss="mse")),
 ]
 

@@ -1,12 +1,14 @@
 """mlp_adapt: the battery over all its options, and its meta-gradient against a hand-written loop."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mtml_fast.ops import OPERATORS, backend, mlp_adapt
+from mtml_fast.ops._route import TorchDispatchMode
 from mtml_fast.testing import BadInput, Case, op_battery
 
 
@@ -117,6 +119,8 @@ CASES = [
     Case("linear", make((4, 6, 3), 2, 4, 4, "number", steps=2, activation="identity"), axes()),
     Case("unlabelled", make((4, 6, 3), 3, 4, 4, steps=2, labels=False)),
     Case("no-step", make((4, 6, 3), 3, 4, 4, steps=0, return_parameters=True), axes()),
+    Case("no-task-all", make((4, 6, 3), 0, 4, 4, steps=2, return_parameters=True, clip=0.5)),
+    Case("nothing-adapted", make((4, 6, 3), 2, 4, 4, steps=2, adapted=[False] * 4, clip=0.5, momentum=0.5)),
     Case("no-task", make((4, 6, 3), 0, 4, 4, steps=2)),
     Case("one", make((1, 1, 1), 1, 1, 1, loss="mse", steps=2), axes()),
     Case("odd", make((17, 33, 7), 5, 3, 19, activation="gelu_tanh", steps=2), axes()),
@@ -295,3 +299,43 @@ def test_third_order_is_there_by_the_reference():
     assert torch.func.hessian(loss)(weight).shape == (2, 2, 2, 2)
     with backend("operator"), pytest.raises(RuntimeError, match="third order"):
         torch.autograd.functional.hessian(loss, weight)
+
+
+def test_meta_tensors_have_shapes():
+    call = make((6, 8, 3), 4, 5, 7, return_parameters=True)(torch.float32, torch.Generator())
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    result = mlp_adapt(**{**meta, "params": [p.to("meta") for p in call["params"]]})
+    assert result.outputs.shape == (4, 7, 3)
+    assert result.losses.shape == (4,)
+    assert [p.shape for p in result.parameters] == [(4, 8, 6), (4, 8), (4, 3, 8), (4, 3)]
+
+
+def test_memory_without_a_gradient_does_not_grow_with_the_steps():
+    """Only the weights of the step at hand are kept."""
+    kept = []
+    for steps in (1, 20):
+        call = make((30, 30, 3), 4, 5, 5, steps=steps)(torch.float32, torch.Generator().manual_seed(0))
+        alive = _live_bytes(lambda call=call: mlp_adapt(**call))
+        kept.append(alive)
+    assert kept[1] < 1.5 * kept[0]
+
+
+def _live_bytes(call):
+    """The most bytes of float tensors alive at the end of any operation."""
+    live, most = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal most
+            result = func(*args, **(kwargs or {}))
+            for t in result if isinstance(result, (list, tuple)) else [result]:
+                if isinstance(t, torch.Tensor):
+                    storage = t.untyped_storage()
+                    live[id(storage)] = weakref.ref(t), storage.nbytes()
+            now = sum(size for ref, size in live.values() if ref() is not None)
+            most = max(most, now)
+            return result
+
+    with torch.no_grad(), Watch():
+        call()
+    return most

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mtml_fast.ops import OPERATORS, sgd_step
+from mtml_fast.ops import OPERATORS, backend, sgd_step
 from mtml_fast.testing import BadInput, Case, op_battery
 
 SHAPES = [(5, 3), (7,), (1,), ()]
@@ -128,3 +128,13 @@ def test_steps_equal_torch_optim(momentum, clip):
         )
     for p, q in zip(params, theirs, strict=True):
         torch.testing.assert_close(p[0], q.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_is_not_a_number_is_not_taken_for_a_small_one():
+    """Clipped by a norm that is NaN, all of the task's step is NaN: natively and by the reference."""
+    params, grads = [torch.zeros(2, 3)], [torch.tensor([[1.0, 2, torch.nan], [3, 4, 0]])]
+    for name in ("operator", "reference"):
+        with backend(name):
+            stepped = sgd_step(params, grads, lr=1.0, clip=1.0)[0][0]
+        assert stepped[0].isnan().all(), name
+        torch.testing.assert_close(stepped[1], -torch.tensor([0.6, 0.8, 0]), rtol=1e-5, atol=1e-6)

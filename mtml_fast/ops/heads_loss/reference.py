@@ -32,12 +32,11 @@ def task_losses(
     class_mask: Tensor | None = None,  # [T, C]
 ) -> Tensor:
     """The mean loss of each task [T] over the rows and outputs that it has."""
-    tasks, rows, classes = outputs.shape
+    tasks, rows, _ = outputs.shape
     if loss == "cross_entropy":
         if class_mask is not None:
             outputs = torch.where(class_mask[:, None], outputs, -torch.inf)
-        values = F.cross_entropy(outputs.reshape(-1, classes), targets.reshape(-1), reduction="none")
-        values = values.reshape(tasks, rows)
+        values = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(tasks, rows)
     else:
         if loss == "mse":
             values = (outputs - targets).square()

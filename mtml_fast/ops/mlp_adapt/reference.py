@@ -53,27 +53,32 @@ def mlp_adapt(
         outputs = _forward(theta, xs, support_mask, per_layer, activation, bias, norm, norm_eps)
         return task_losses(outputs, ys, loss, support_mask, class_mask).sum()
 
-    history = [theta]
-    velocity = [torch.zeros_like(theta[i]) for i in moving] if momentum else []
-    for k in range(steps):
-        values = [theta[i] for i in moving]
-        grads = torch.func.grad(support_loss)(values, theta)
-        if first_order:
-            grads = [g.detach() for g in grads]
-        rates = [rate_at(lr, k, i) for i in (moving[:1] if _is_shared(lr) else moving)]
-        results = sgd_step(values, grads, rates, velocity, momentum, weight_decay, clip)
-        values, velocity = results[: len(moving)], results[len(moving) :]
-        theta = _replaced(theta, moving, values)
-        history.append(theta)
+    outputs: list[Tensor] = []
+    losses: list[Tensor] = []
 
-    outputs, losses = [], []
-    for theta_k in history if every_step else history[-1:]:
-        z = _forward(theta_k, xq, query_mask, per_layer, activation, bias, norm, norm_eps)  # [T, Q, C]
+    def answer(theta: list[Tensor]) -> None:
+        z = _forward(theta, xq, query_mask, per_layer, activation, bias, norm, norm_eps)  # [T, Q, C]
         losses.append(z.new_zeros(tasks) if yq is None else task_losses(z, yq, loss, query_mask, class_mask))
         if class_mask is not None:
             z = torch.where(class_mask[:, None], z, -torch.inf if loss == "cross_entropy" else 0.0)
         outputs.append(z if query_mask is None else z.flatten(0, 1)[kept(query_mask)])
-    fast = torch.cat([p.reshape(tasks, -1) for p in theta], 1) if return_parameters else xs.new_zeros(0)
+
+    velocity = [torch.zeros_like(theta[i]) for i in moving] if momentum else []
+    for k in range(steps):
+        if every_step:
+            answer(theta)
+        if not moving:
+            continue
+        values = [theta[i] for i in moving]
+        grads = torch.func.grad(support_loss)(values, theta)
+        if first_order:
+            grads = [g.detach() for g in grads]
+        rates = [_rate(lr, k, i) for i in (moving[:1] if _is_shared(lr) else moving)]
+        results = sgd_step(values, grads, rates, velocity, momentum, weight_decay, clip)
+        values, velocity = results[: len(moving)], results[len(moving) :]
+        theta = _replaced(theta, moving, values)
+    answer(theta)
+    fast = torch.cat([p.flatten(1) for p in theta], 1) if return_parameters else xs.new_zeros(0)
     return torch.stack(outputs), torch.stack(losses), fast
 
 
@@ -103,7 +108,7 @@ def _batch_norm(z: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
     return (z - mean) * (variance + eps).rsqrt()
 
 
-def rate_at(lr: list[Tensor], k: int, i: int) -> Tensor:
+def _rate(lr: list[Tensor], k: int, i: int) -> Tensor:
     """The rate of step k for parameter i: a scalar, or [1, ...] with the parameter's shape."""
     if len(lr) == 1 and lr[0].dim() == 2:
         rows, columns = lr[0].shape

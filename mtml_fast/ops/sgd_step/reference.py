@@ -18,9 +18,10 @@ def sgd_step(
     """The new parameters, then the new momentum buffers where there are any."""
     if clip is not None:
         square = sum(g.square().unsqueeze(-1).flatten(1).sum(1) for g in grads)  # [T]
-        # the norm's derivative at zero is infinite: a zero gradient is not clipped, so it takes no part
-        norm = torch.where(square > 0, square, 1.0).sqrt()
-        scale = torch.where(square > 0, clip / (norm + 1e-6), 1.0).clamp(max=1.0)
+        # the norm's derivative at zero is infinite: a zero gradient is not clipped, so it takes no part; a gradient
+        # with a NaN is no such case and stays NaN
+        norm = torch.where(square == 0, 1.0, square).sqrt()
+        scale = torch.where(square == 0, 1.0, clip / (norm + 1e-6)).clamp(max=1.0)
         grads = [g * _per_task(scale, g) for g in grads]
     directions = grads
     if weight_decay:

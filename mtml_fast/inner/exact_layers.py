@@ -1,4 +1,4 @@
-"""ExactNorms: normalisation layers inside torch.func transforms, exact to second order, and their statistics."""
+"""ExactLayers: layers inside torch.func transforms, exact to second order, and whose statistics batch norms use."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class ExactNorms(TorchFunctionMode):
-    """Replaces batch, instance and layer norms inside a `with` block by primitives.
+class ExactLayers(TorchFunctionMode):
+    """Replaces layers that torch.func gets wrong, inside a `with` block, by primitives.
 
     vmap of grad over torch's own batch norm and layer norm has, on the CPU in torch 2.13, silently wrong second
     derivatives: the loss and the first order are right, the meta-gradient of a Conv4 is off by 5-13 %, that of a small
     network with a layer norm by 4 %. (The backward pass is taken apart with the mean and the deviation as constants.)
-    Over primitives they are right. It also lets a policy, and not train() and eval(), say which rows a batch norm takes
-    its statistics from, and leaves the stored ones as they are.
+    Over primitives they are right. vmap also forgets the padding row of an embedding. And here a policy, not train()
+    and eval(), says which rows a batch norm takes its statistics from; the stored ones stay as they are.
 
     Args:
         policy: "own" uses the rows at hand; "record" does too and remembers the statistics; "replay" uses those
@@ -30,13 +30,16 @@ class ExactNorms(TorchFunctionMode):
         self._next = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is F.batch_norm:
-            return self._batch_norm(*args, **(kwargs or {}))
+            return self._batch_norm(*args, **kwargs)
         if func is F.instance_norm:
-            return self._instance_norm(*args, **(kwargs or {}))
+            return _instance_norm(*args, **kwargs)
         if func is F.layer_norm or func is torch.layer_norm:
-            return _layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _layer_norm(*args, **kwargs)
+        if func is F.embedding:
+            return _embedding(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _batch_norm(
         self, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
@@ -53,24 +56,28 @@ class ExactNorms(TorchFunctionMode):
             mean, variance = input.mean(axes), input.var(axes, correction=0)
             if self.policy == "record":
                 self.statistics.append((mean, variance))
-        return _normalise(input, mean, variance, weight, bias, eps)
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        x = (input - mean.reshape(shape)) * (variance.reshape(shape) + eps).rsqrt()
+        return _affine(x, weight, bias)
 
-    def _instance_norm(
-        self,
-        input,
-        running_mean=None,
-        running_var=None,
-        weight=None,
-        bias=None,
-        use_input_stats=True,
-        momentum=0.1,
-        eps=1e-5,
-    ):
-        if not use_input_stats:
-            return _normalise(input, running_mean, running_var, weight, bias, eps)
+
+def _instance_norm(
+    input,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    use_input_stats=True,
+    momentum=0.1,
+    eps=1e-5,
+):
+    if use_input_stats:
         axes = list(range(2, input.dim()))
         mean, variance = input.mean(axes, keepdim=True), input.var(axes, correction=0, keepdim=True)
-        return _affine((input - mean) * (variance + eps).rsqrt(), weight, bias)
+    else:
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        mean, variance = running_mean.reshape(shape), running_var.reshape(shape)
+    return _affine((input - mean) * (variance + eps).rsqrt(), weight, bias)
 
 
 def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
@@ -81,9 +88,12 @@ def _layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn
     return x if bias is None else x + bias
 
 
-def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight, bias, eps: float) -> Tensor:
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    return _affine((x - mean.reshape(shape)) * (variance.reshape(shape) + eps).rsqrt(), weight, bias)
+def _embedding(input, weight, padding_idx=None, *args, **kwargs):
+    if padding_idx is not None:
+        # the row of the padding learns nothing
+        padding = torch.arange(weight.shape[0], device=weight.device) == padding_idx % weight.shape[0]
+        weight = torch.where(padding[:, None], weight.detach(), weight)
+    return F.embedding(input, weight, None, *args, **kwargs)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
