@@ -212,7 +212,7 @@ class Trainer:
     def load_best(self) -> Trainer:
         """Give the algorithm the weights of the best validation so far."""
         if self.best is None:
-            raise ValueError("load_best needs a validation, and there was none yet")
+            raise ValueError("load_best needs a validation with a finite result, and there was none yet")
         self.algorithm.load_state_dict(self.best["weights"])
         return self
 
@@ -276,14 +276,19 @@ class Trainer:
     def _validate(self) -> float:
         result = self._evaluate_validation(self.validation_tasks)
         self.monitor = result.metric
-        sign = -1.0 if result.metric == "loss" else 1.0
-        if self.best is None or sign * result.mean > sign * self.best["value"]:
+        if self._is_better(result.mean):
             weights = copy.deepcopy(dict(self.algorithm.state_dict()))
             self.best = {"step": self.step, "value": result.mean, "weights": weights}
             self._without_better = 0
         else:
             self._without_better += 1
         return result.mean
+
+    def _is_better(self, value: float) -> bool:
+        # what is not finite is worse than anything
+        if not math.isfinite(value) or self.best is None or not math.isfinite(self.best["value"]):
+            return math.isfinite(value)
+        return value < self.best["value"] if self.monitor == "loss" else value > self.best["value"]
 
     def _evaluate_validation(self, num_tasks: int) -> Evaluation:
         return evaluate(

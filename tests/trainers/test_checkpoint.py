@@ -7,10 +7,13 @@ import signal
 
 import pytest
 import torch
+from torch import nn
 
-from mtml_fast.files import load_tensors
+import mtml_fast as mf
+from mtml_fast.files import load_tensors, save_tensors
 from mtml_fast.trainers.checkpoint import Checkpoints, load_best, pack, unpack
 from mtml_fast.trainers.identity import differences
+from mtml_fast.trainers.trainer import Trainer
 
 from .runs import Lines, Pooled, make
 
@@ -147,6 +150,76 @@ def test_another_model_or_data_set_is_refused_naming_what_differs(tmp_path, monk
         message = r"parameter net\.0\.weight was \[8, 1\] torch\.float32, is \[9, 1\] torch\.float32; .* and \d+ more"
         with pytest.raises(ValueError, match=message):
             make(tmp_path)
+
+
+class Settings(Pooled):
+    """What another experiment may change without any tensor's shape telling."""
+
+    def __init__(self, activation=nn.Tanh, **settings):
+        super().__init__()
+        self.net[2] = activation()
+        self.settings = settings
+
+    def extra_repr(self):
+        return f"{self.settings}, {print}, {make}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.2}, r"algorithm was Settings\(\{'lr': 0\.1\}.*\), is Settings\(\{'lr': 0\.2\}"),
+        ({"activation": nn.ReLU}, r"module net\.2 was Tanh\(\), is ReLU\(\)$"),
+        ({"betas": (0.8, 0.999)}, r"optimizer group 0 betas was \(0\.9, 0\.999\), is \(0\.8, 0\.999\)$"),
+        ({"weight_decay": 0.1}, r"optimizer group 0 weight_decay was 0, is 0\.1$"),
+    ],
+)
+def test_other_settings_of_algorithm_and_optimizer_are_another_run(tmp_path, changes, message):
+    def trainer(betas=(0.9, 0.999), weight_decay=0, lr=0.1, fused=True, **model):
+        def adam(params, lr):
+            return torch.optim.Adam(params, lr, betas, weight_decay=weight_decay, fused=fused)
+
+        return Trainer(Settings(lr=lr, **model), Lines(), optimizer=adam, checkpoint=tmp_path, progress=False)
+
+    trainer().fit(1)
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(**changes)
+    assert "\n" not in str(error.value)
+    assert trainer().step == 1
+    assert "<function make>" in trainer()._run["algorithm"]
+    # how the step is computed is no part of the experiment
+    assert trainer(fused=False).step == 1
+
+
+@pytest.mark.parametrize("changes", [{"steps": 2}, {"lr": 0.02}, {"first_order": True}, {"momentum": 0.5}])
+def test_another_inner_loop_is_another_run(tmp_path, changes):
+    def trainer(**inner):
+        model = mf.nn.mlp(1, (4,), 1)
+        options = {"meta_batch": 2, "checkpoint": tmp_path, "progress": False}
+        return Trainer(mf.MAML(model, **{"lr": 0.01, "steps": 1, **inner}), Lines(), **options)
+
+    trainer().fit(1)
+    (name, value), *_ = changes.items()
+    with pytest.raises(ValueError, match=f"algorithm was MAML.*, is MAML.*{name}={value}"):
+        trainer(**changes)
+    assert trainer().step == 1
+
+
+def test_a_rate_that_has_been_learned_and_a_schedule_do_not_make_another_run(tmp_path):
+    def trainer():
+        rate = nn.Parameter(torch.tensor(0.1))
+        maml = mf.MAML(mf.nn.mlp(1, (4,), 1), lr=rate)
+        options = {"meta_batch": 2, "meta_lr": 0.1, "checkpoint": tmp_path, "progress": False}
+        return Trainer(maml, Lines(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1), **options)
+
+    first = trainer().fit(3)
+    assert first.algorithm.lr.item() != 0.1
+    # in the same process, and with what the first one has moved
+    options = {"meta_batch": 2, "checkpoint": tmp_path / "b", "progress": False}
+    optimizer, scheduler = first.optimizer, first.scheduler
+    again = [Trainer(first.algorithm, Lines(), optimizer=optimizer, scheduler=scheduler, **options) for _ in range(2)]
+    again[0].fit(2)
+    assert Trainer(first.algorithm, Lines(), optimizer=optimizer, scheduler=scheduler, **options).step == 2
+    assert trainer().step == 3
 
 
 def test_differences_names_what_is_missing_on_either_side():
@@ -313,3 +386,96 @@ def test_a_file_system_without_locks_goes_without(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     assert make(tmp_path).fit(1).step == 1
+
+
+def rewritten(path, change):
+    """The file again, with its checksums, after a change of its metadata and tensors."""
+    tensors, metadata = load_tensors(path)
+    save_tensors(path, *(change(tensors, metadata) or (tensors, metadata)))
+
+
+def other_shape(tensors, metadata):
+    name = next(name for name in tensors if name.endswith("net.0.weight"))
+    tensors[name] = tensors[name].new_zeros(9, 1)
+
+
+def without(entry):
+    def change(tensors, metadata):
+        pairs = metadata["state"]["dict"]
+        pairs[:] = [pair for pair in pairs if pair[0] != entry]
+
+    return change
+
+
+def with_value(entry, value):
+    def change(tensors, metadata):
+        pairs = metadata["state"]["dict"]
+        pairs[:] = [[name, value if name == entry else item] for name, item in pairs]
+
+    return change
+
+
+UNUSABLE = [
+    (lambda tensors, metadata: (tensors, {"kind": "adapted"}), "not a checkpoint of a run"),
+    (lambda tensors, metadata: (tensors, [1]), "not a checkpoint of a run"),
+    (lambda tensors, metadata: (tensors, {**metadata, "state": 3}), "not a checkpoint of a run"),
+    (lambda tensors, metadata: ({}, metadata), "its tree of values does not fit its tensors"),
+    (lambda tensors, metadata: (tensors, {**metadata, "state": {"a": 1, "b": 2}}), "its tree of values does not fit"),
+    (without("optimizer"), "it lacks 'optimizer'"),
+    (without("history"), "it lacks 'history'"),
+    (with_value("step", "ten"), "its step must be int, got str"),
+    (with_value("history", 0), "its history must be list, got int"),
+    (with_value("best", {"dict": [["step", 1]]}), "its best must have a step and a value"),
+    (with_value("random", {"dict": [["cpu", 1]]}), "its random holds no state"),
+    (with_value("optimizer", {"dict": []}), "its optimizer or scheduler does not fit"),
+    (other_shape, r"its net\.0\.weight must be \[8, 1\] torch\.float32, got \[9, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), UNUSABLE)
+def test_an_unusable_newest_falls_back_to_the_one_before(tmp_path, change, message):
+    make(tmp_path).fit(12)
+    rewritten(tmp_path / "step-00000012.safetensors", change)
+    with pytest.warns(
+        RuntimeWarning, match=rf"step-00000012\S* cannot be used: .*{message}.*going on from step-00000010"
+    ):
+        trainer = make(tmp_path)
+    assert trainer.step == 10
+    assert "step-00000012.safetensors.damaged" in names(tmp_path)
+    whole = make().fit(14)
+    for a, b in zip(whole.algorithm.parameters(), trainer.fit(14).algorithm.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("change", "message"), UNUSABLE)
+def test_nothing_but_unusable_checkpoints_is_one_line(tmp_path, change, message):
+    make(tmp_path).fit(1)
+    for path in tmp_path.glob("step-*"):
+        rewritten(path, change)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/step-00000001\S* cannot be used: .*{message}") as error:
+        make(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors, metadata: (tensors, {"kind": "adapted"}), "does not hold the best weights of a run"),
+        (lambda tensors, metadata: (tensors, []), "does not hold the best weights of a run"),
+        (lambda tensors, metadata: (tensors, {**metadata, "step": "8"}), "does not hold the best weights of a run"),
+        (lambda tensors, metadata: (tensors, {**metadata, "state": 3}), "its weights must be a dict, got int"),
+        (without("net.0.bias"), r"its weights lack 'net\.0\.bias'"),
+        (with_value("net.0.bias", 3), r"its net\.0\.bias must be a Tensor, got int"),
+        (other_shape, r"its net\.0\.weight must be \[8, 1\] torch\.float32, got \[9, 1\]"),
+    ],
+)
+def test_a_file_that_holds_no_best_weights_is_one_line(tmp_path, change, message):
+    make(tmp_path).fit(8)
+    rewritten(tmp_path / "best.safetensors", change)
+    algorithm = Pooled()
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{tmp_path}/best\.safetensors cannot be used: .*{message}") as error:
+        load_best(algorithm, tmp_path)
+    assert "\n" not in str(error.value)
+    for name, value in algorithm.state_dict().items():
+        assert torch.equal(value, before[name])

@@ -212,6 +212,28 @@ def test_monitoring_the_loss_prefers_the_lower():
     assert trainer.best["value"] == min(validations)
 
 
+@pytest.mark.parametrize("monitor", ["loss", "accuracy"])
+def test_a_validation_that_is_not_finite_is_worse_than_any_other(tmp_path, monitor):
+    values = [math.nan, math.inf, -math.inf, 0.5, math.nan, 0.75, 0.25, -math.inf, math.inf, 0.5]
+    trainer = make(tmp_path, monitor=monitor, validate_every=1)
+
+    def validation(num_tasks):
+        result = torch.full((num_tasks,), values[trainer.step - 1], dtype=torch.float64)
+        return Evaluation(monitor, result, result)
+
+    trainer._evaluate_validation = validation
+    trainer.fit(3)
+    assert trainer.best is None
+    with pytest.raises(ValueError, match="load_best needs a validation with a finite result"):
+        trainer.load_best()
+    trainer.fit(9)
+    assert trainer.best["step"] == {"loss": 7, "accuracy": 6}[monitor]
+    # a best that is not finite, as an older file may have, gives way
+    trainer.best["value"] = math.nan
+    trainer.fit(10)
+    assert trainer.best["value"] == 0.5
+
+
 def test_evaluation_is_fixed_and_leaves_no_trace():
     trainer = make().fit(3)
     before, random_state = end_state(trainer), torch.get_rng_state()
