@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtml_fast.trainers.checkpoint import random_state, set_random_state
 
-__all__ = ["EVALUATION_STEP", "VALIDATION_STEP", "Evaluation", "evaluate"]
+__all__ = ["EVALUATION_STEP", "VALIDATION_STEP", "Evaluation", "check_tasks", "evaluate"]
 
 # training draws its tasks from the steps 0, 1, 2, ...; these two lie where no training arrives
 VALIDATION_STEP = 2**40
@@ -28,6 +28,8 @@ class Evaluation:
         losses: the query loss of each task, float64 `[n]`.
         split: the data set's split ("test", ...), or "".
 
+    A task whose metric or loss is not finite is not left out: the mean shows it, and the line says how many there are.
+
     Example:
         >>> values = torch.tensor([0.8, 1.0], dtype=torch.float64)
         >>> print(Evaluation("accuracy", values, values, "test"))
@@ -40,12 +42,17 @@ class Evaluation:
     split: str = ""
 
     @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
     def mean(self) -> float:
         return self.values.mean().item()
 
     @property
     def ci95(self) -> float:
-        return 1.96 * self.values.std().item() / math.sqrt(len(self.values))
+        # one task tells nothing about others
+        return 1.96 * self.values.std().item() / math.sqrt(self.n) if self.n > 1 else math.nan
 
     @property
     def loss(self) -> float:
@@ -57,7 +64,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         name = f"{self.split} {self.metric}".strip()
-        return f"{name} {self.mean:.3f} +- {self.ci95:.3f} over {len(self.values)} tasks"
+        lost = int((~(self.values.isfinite() & self.losses.isfinite())).sum())
+        note = f", {lost} of them not finite" if lost else ""
+        return f"{name} {self.mean:.3f} +- {self.ci95:.3f} over {self.n} task{'s' * (self.n != 1)}{note}"
 
 
 def evaluate(
@@ -72,24 +81,29 @@ def evaluate(
 ) -> Evaluation:
     """Adapt `algorithm` to `num_tasks` fixed tasks of `tasks` and measure it on their query rows.
 
-    The tasks are the same at every call (those of the reserved step `episodes`), training never sees them, and the
-    result does not depend on `meta_batch`. Dropout and the like are off, no graph is kept, torch's random numbers
-    are left where they were.
+    The tasks are the same at every call (those of the reserved step `episodes`), training never sees them, and up to
+    rounding the result does not depend on `meta_batch`. Dropout and the like are off, no graph is kept, torch's random
+    numbers are left where they were.
 
     Args:
         algorithm: a module with `algorithm(batch, steps=...) -> result` that has `task_losses` and `metrics`.
         tasks: a data set with `sample(num_tasks, step, first_task=...)`.
+        num_tasks: how many. A data set of a finite number of tasks, `len(tasks)`, gives at most those, each once: drawn
+            again they would make the interval narrower than what is known. The result's `n` says how many it were.
         steps: inner steps, None for the algorithm's own number.
         meta_batch: tasks adapted at a time (memory against speed).
         metric: "loss" or one of `result.metrics`; None takes "accuracy" where there is one, else "loss".
 
     Raises:
-        ValueError: naming `num_tasks` (at least 2), `meta_batch` or `metric` and its value.
+        TypeError, ValueError: naming `tasks`, `num_tasks` (at least 2), `meta_batch` or `metric` and its value.
     """
+    check_tasks("tasks", tasks)
     if not isinstance(num_tasks, int) or num_tasks < 2:
         raise ValueError(f"num_tasks must be an int >= 2 (an interval needs two), got {num_tasks!r}")
     if not isinstance(meta_batch, int) or meta_batch < 1:
         raise ValueError(f"meta_batch must be an int >= 1, got {meta_batch!r}")
+    if hasattr(tasks, "__len__"):
+        num_tasks = min(num_tasks, len(tasks))
     device = next((p.device for p in algorithm.parameters()), torch.device("cpu"))
     values, losses = [], []
     modes = [(module, module.training) for module in algorithm.modules()]
@@ -104,7 +118,7 @@ def evaluate(
                     metric = "accuracy" if "accuracy" in result.metrics else "loss"
                 if metric != "loss" and metric not in result.metrics:
                     known = ", ".join(["loss", *result.metrics])
-                    raise ValueError(f"metric must be one of {known}, got {metric!r}")
+                    raise ValueError(f"metric or monitor must be one of {known}, got {metric!r}")
                 losses.append(result.task_losses.detach())
                 values.append(losses[-1] if metric == "loss" else result.metrics[metric].detach())
     finally:
@@ -113,3 +127,8 @@ def evaluate(
         set_random_state(random, device)
     values, losses = (torch.cat(parts).double().cpu() for parts in (values, losses))
     return Evaluation(metric, values, losses, str(getattr(tasks, "split", "")))
+
+
+def check_tasks(name: str, tasks: Any) -> None:
+    if not callable(getattr(tasks, "sample", None)):
+        raise TypeError(f"{name} must be a data set with a sample method, got {type(tasks).__name__}")

@@ -19,7 +19,7 @@ from mtml_fast.ops._check import readable
 from mtml_fast.tasks import TaskRows
 from mtml_fast.trainers import _names
 from mtml_fast.trainers.checkpoint import Checkpoints, check_state, pack, random_state, set_random_state
-from mtml_fast.trainers.evaluation import VALIDATION_STEP, Evaluation, evaluate
+from mtml_fast.trainers.evaluation import VALIDATION_STEP, Evaluation, check_tasks, evaluate
 from mtml_fast.trainers.identity import identity
 from mtml_fast.trainers.interrupts import Interrupts
 from mtml_fast.trainers.progress import Progress
@@ -107,8 +107,9 @@ class Trainer:
     ):
         if not isinstance(algorithm, nn.Module):
             raise TypeError(f"algorithm must be an nn.Module, got {type(algorithm).__name__}")
-        if not callable(getattr(tasks, "sample", None)):
-            raise TypeError(f"tasks must be a data set with a sample method, got {type(tasks).__name__}")
+        check_tasks("tasks", tasks)
+        if validation is not None:
+            check_tasks("validation", validation)
         for name, value in (
             ("meta_batch", meta_batch),
             ("validate_every", validate_every),
@@ -122,6 +123,10 @@ class Trainer:
         for name, value in (("meta_lr", meta_lr), ("clip_grad", clip_grad)):
             if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        if validation_steps is not None and (type(validation_steps) is not int or validation_steps < 0):
+            raise ValueError(f"validation_steps must be an int >= 0 or None, got {validation_steps!r}")
+        if monitor is not None and not isinstance(monitor, str):
+            raise TypeError(f"monitor must be the name of a metric or None, got {type(monitor).__name__}")
         if patience is not None and validation is None:
             raise ValueError(f"patience needs validation tasks, got patience={patience} and validation=None")
         if resume not in ("auto", True, False):
@@ -139,6 +144,8 @@ class Trainer:
             raise ValueError("algorithm must have parameters to train, got none that requires a gradient")
         self._device = self._parameters[0].device
         self.optimizer = _names.optimizer(optimizer, self._parameters, meta_lr)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer must step once a gradient, without a closure, got LBFGS")
         self.scheduler = _scheduler(scheduler, self.optimizer)
         # before any of it moves
         self._run = identity(
@@ -163,15 +170,18 @@ class Trainer:
         self._accuracies: list[Tensor] = []
         self._saved_step = self._saved_best = None
         self._checkpoints = None if checkpoint is None else Checkpoints(checkpoint)
+        if validation is not None and monitor not in (None, "loss"):
+            # only a result tells which metrics there are
+            self._evaluate_validation(2)
         if self._checkpoints is not None:
             self._resume(resume)
 
     def fit(self, steps: int, minutes: float | None = None) -> Trainer:
         """Train up to `steps` meta-steps in all (a resumed run goes on to the same total), or for `minutes`."""
         if type(steps) is not int or not 0 <= steps < VALIDATION_STEP:
-            raise ValueError(f"steps must be an int >= 0, got {steps!r}")
-        if minutes is not None and not minutes > 0:
-            raise ValueError(f"minutes must be > 0, got {minutes!r}")
+            raise ValueError(f"steps must be an int in 0 .. 2^40 - 1, got {steps!r}")
+        if minutes is not None and (not isinstance(minutes, int | float) or not minutes > 0):
+            raise ValueError(f"minutes must be a number > 0, got {minutes!r}")
         outside = random_state(self._device)
         with Interrupts() as interrupts:
             set_random_state(self._random, self._device)
@@ -194,11 +204,11 @@ class Trainer:
         meta_batch: int | None = None,
         metric: str | None = None,
     ) -> Evaluation:
-        """The metric's mean and 95 % interval over `num_tasks` fixed tasks that training never sees.
+        """The metric's mean and 95 % interval over `num_tasks` fixed tasks that training never sees, see `Evaluation`.
 
         Args:
             steps: inner steps, None for the algorithm's own number.
-            meta_batch: tasks adapted at a time; the result does not depend on it.
+            meta_batch: tasks adapted at a time; up to rounding the result does not depend on it.
             metric: "loss" or the name of a metric, None for what the trainer monitors.
         """
         meta_batch = self.meta_batch if meta_batch is None else meta_batch
@@ -339,8 +349,7 @@ class Trainer:
         if not math.isfinite(loss):
             last = self._checkpoints.paths()[-1].name if self._checkpoints is not None else "none"
             raise FloatingPointError(
-                f"the training loss is {loss} at step {step} (lower lr or meta_lr, or set clip_grad); "
-                f"last checkpoint: {last}"
+                f"the training loss is {loss} at step {step} (a lower lr or meta_lr may help); last checkpoint: {last}"
             )
 
     def _state(self) -> dict:

@@ -258,6 +258,34 @@ def test_confidence_interval():
     assert str(result) == "accuracy 0.750 +- 0.490 over 4 tasks"
 
 
+def test_tasks_that_are_not_finite_are_counted():
+    values, nan = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), math.nan
+    losses = torch.tensor([1.0, nan, 1.0], dtype=torch.float64)
+    assert str(Evaluation("accuracy", values, losses)).endswith("over 3 tasks, 1 of them not finite")
+    values = torch.tensor([nan, 1.0, 1.0], dtype=torch.float64)
+    assert str(Evaluation("mae", values, losses, "test")) == "test mae nan +- nan over 3 tasks, 2 of them not finite"
+
+
+@pytest.mark.parametrize("meta_batch", [1, 3, 100])
+def test_a_finite_number_of_tasks_is_not_counted_twice(meta_batch):
+    class Seen(Pooled):
+        def forward(self, batch, steps=None):
+            seen.extend(batch.support.x[:, 0, 0].tolist())
+            return super().forward(batch, steps)
+
+    x = torch.arange(7.0)[:, None, None].expand(7, 4, 1)
+    tasks, algorithm = mf.data.TensorTasks(x, torch.zeros(7, 4)), Seen()
+    for wanted, n in ((600, 7), (8, 7), (7, 7), (5, 5)):
+        seen = []
+        result = evaluate(algorithm, tasks, wanted, meta_batch=meta_batch)
+        assert result.n == len(result.values) == n
+        assert len(set(seen)) == len(seen) == n
+        assert str(result).endswith(f"over {n} tasks")
+    # a single task has a mean and no interval
+    alone = evaluate(algorithm, mf.data.TensorTasks(x[:1], torch.zeros(1, 4)), 600)
+    assert str(alone) == f"accuracy {alone.mean:.3f} +- nan over 1 task"
+
+
 class Breaking(Pooled):
     """The loss is NaN from a given call on."""
 
@@ -320,9 +348,9 @@ def test_an_algorithm_without_metrics_is_judged_by_its_loss(tmp_path):
     assert trainer.monitor == "loss"
     assert trainer.history[-1]["train_accuracy"] is None
     assert trainer.best["step"] == 10
-    with pytest.raises(ValueError, match="metric must be one of loss, got 'f1'"):
-        Trainer(Sum(), Lines(), validation=Lines(1), monitor="f1", progress=False).fit(10)
-    with pytest.raises(ValueError, match="metric must be one of loss, got 'f1'"):
+    with pytest.raises(ValueError, match="metric or monitor must be one of loss, got 'f1'"):
+        Trainer(Sum(), Lines(), validation=Lines(1), monitor="f1", progress=False)
+    with pytest.raises(ValueError, match="metric or monitor must be one of loss, got 'f1'"):
         evaluate(Sum(), Lines(), 4, metric="f1")
 
 
@@ -362,6 +390,16 @@ def test_progress_bar_in_a_terminal(capsys, monkeypatch):
         ({"meta_lr": math.nan}, ValueError, "meta_lr must be a finite number > 0, got nan"),
         ({"clip_grad": 0.0}, ValueError, r"clip_grad must be a finite number > 0, got 0\.0"),
         ({"validation": None}, ValueError, "patience needs validation tasks, got patience=1000"),
+        ({"validation": [1]}, TypeError, "validation must be a data set with a sample method, got list"),
+        ({"validation_steps": -1}, ValueError, "validation_steps must be an int >= 0 or None, got -1"),
+        ({"validation_steps": 1.0}, ValueError, r"validation_steps must be an int >= 0 or None, got 1\.0"),
+        ({"monitor": 3}, TypeError, "monitor must be the name of a metric or None, got int"),
+        ({"monitor": "f1"}, ValueError, "metric or monitor must be one of loss, accuracy, got 'f1'"),
+        (
+            {"optimizer": lambda params, lr: torch.optim.LBFGS(params, lr), "scheduler": None},
+            TypeError,
+            "optimizer must step once a gradient, without a closure, got LBFGS",
+        ),
         ({"resume": "yes"}, ValueError, "resume must be 'auto', True or False, got 'yes'"),
         ({"resume": True}, ValueError, "resume=True needs a checkpoint folder"),
         ({"scheduler": "cosine"}, TypeError, "scheduler must be a torch scheduler or a callable giving one, got str"),
@@ -389,10 +427,14 @@ def test_bad_algorithm_tasks_and_steps_are_named():
         Trainer(Pooled(), 3)
     with pytest.raises(ValueError, match="algorithm must have parameters to train"):
         Trainer(nn.Identity(), Lines())
-    with pytest.raises(ValueError, match="steps must be an int >= 0, got -1"):
-        make().fit(-1)
-    with pytest.raises(ValueError, match="minutes must be > 0, got 0"):
-        make().fit(1, minutes=0)
+    for steps in (-1, 1.0, 2**40):
+        with pytest.raises(ValueError, match=rf"steps must be an int in 0 \.\. 2\^40 - 1, got {steps}"):
+            make().fit(steps)
+    for minutes in (0, "a", math.nan):
+        with pytest.raises(ValueError, match=f"minutes must be a number > 0, got {minutes!r}"):
+            make().fit(1, minutes=minutes)
+    with pytest.raises(TypeError, match="tasks must be a data set with a sample method, got int"):
+        make().evaluate(3)
     with pytest.raises(ValueError, match="num_tasks must be an int >= 2"):
         make().evaluate(Lines(), 1)
     with pytest.raises(ValueError, match="meta_batch must be an int >= 1, got 0"):
