@@ -124,18 +124,26 @@ class MetaLearner(nn.Module):
                 ====================================  ===================================  ==========================
 
                 Tensors of four and more axes with a tensor of ids, or without ids, could be read in two ways and are
-                refused. NumPy arrays are taken wherever tensors are; their floats take on the learner's dtype.
+                refused. Floating tensors have the learner's dtype. NumPy arrays are taken wherever tensors are, and
+                their floats take on that dtype.
         """
         return self.head_outputs(self.features(self.entries(inputs, tasks)))
 
     def entries(self, inputs, tasks=None, *, num_tasks: int | None = None) -> Entries:
         """The entries of a call, checked; arguments as for `forward`, and the number of tasks if it is not T."""
-        like = next(p for p in [*self.parameters(), torch.zeros(0)] if p.is_floating_point())
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
         return _entries(inputs, tasks, num_tasks or self.num_tasks, like)
 
     def features(self, entries: Entries) -> Entries:
         """The entries after the trunk."""
-        return entries if self.trunk is None else replace(entries, x=self.trunk(entries.joined()))
+        if self.trunk is None:
+            return entries
+        x = entries.joined()
+        try:
+            return replace(entries, x=self.trunk(x))
+        except ValueError as error:
+            # batch norm of a single row, say
+            raise ValueError(f"inputs {list(x.shape)} of the trunk: {error}") from error
 
     def head_outputs(self, entries: Entries) -> list[Tensor]:
         """The outputs of the entries of `features`, one tensor each."""
@@ -241,7 +249,7 @@ class _Copies(Sequence):
         return (self[t] for t in range(len(self)))
 
 
-def _entries(inputs, tasks, num_tasks: int, like: Tensor) -> Entries:
+def _entries(inputs, tasks, num_tasks: int, like: Tensor | None) -> Entries:
     if isinstance(inputs, (list, tuple)):
         x = [_tensor(f"inputs[{i}]", value, like) for i, value in enumerate(inputs)]
         if len({value.dim() for value in x}) > 1:
@@ -294,8 +302,10 @@ def _ids(tasks, count: int, num_tasks: int) -> Tensor:
 
 
 def _tensor(name: str, value, like: Tensor | None) -> Tensor:
-    """A tensor as it is; anything else as one, its floats in the dtype and on the device of `like`."""
+    """A tensor as it is, if it has the dtype of `like`; anything else as one, in that dtype and on its device."""
     if isinstance(value, Tensor):
+        if like is not None and value.is_floating_point() and value.dtype != like.dtype:
+            raise TypeError(f"{name} must have the dtype of the learner ({like.dtype}), got {value.dtype}")
         return value
     try:
         value = torch.as_tensor(value)

@@ -27,6 +27,9 @@ class TaskStack(nn.Module):
             of their parameters and buffers, and their other attributes (numbers, strings, functions, dataclasses, and
             lists of these) agree.
 
+    Derivatives: any that autograd takes of the call, exact for normalisation layers too: vmap covers the forward alone
+    (under `vmap` of `torch.func.grad` torch's own are wrong at second order).
+
     Example:
         >>> stack = TaskStack([nn.Linear(3, 2) for _ in range(5)])
         >>> {name: list(p.shape) for name, p in stack.named_parameters()}
@@ -76,7 +79,11 @@ class TaskStack(nn.Module):
         index = torch.tensor(slots, device=x.device)
         every = slots == list(range(len(self.members[g])))
         selected = state if every else {name: value[index] for name, value in state.items()}
-        outputs, buffers = run_stacked(group, selected, x)
+        try:
+            outputs, buffers = run_stacked(group, selected, x)
+        except ValueError as error:
+            # batch norm of a single row, say
+            raise ValueError(f"inputs {list(x.shape[1:])} of {type(group).__name__}: {error}") from error
         with torch.no_grad():
             for name, value in buffers.items():
                 state[name][index] = value
@@ -136,6 +143,9 @@ def run_stacked(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> tuple
 
     try:
         return vmap(one, randomness="different")(fresh(), x)
+    except torch.OutOfMemoryError:
+        # a RuntimeError too, and no reason to try again
+        raise
     except RuntimeError as error:
         # what the module itself refuses, it refuses here once more, in its own words
         again = fresh()

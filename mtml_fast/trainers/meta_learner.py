@@ -50,7 +50,7 @@ class MetaLearnerTrainer:
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
-        FloatingPointError: the loss is not finite; the step is not taken.
+        FloatingPointError: the loss is not finite; the step is not taken. `adapt` then returns no learner.
 
     An interrupt (Ctrl-C) lets the running step finish and is raised then.
 
@@ -204,6 +204,7 @@ class MetaLearnerTrainer:
             raise ValueError(
                 "inputs must be [T, N, D] or a list of [N, D], got rows without an axis for the task's rows"
             )
+        _check_finite(entries)
         targets = entries.arrange(targets)
         loss = self._checked_loss(targets)
         out_features = _widths(targets, loss) if out_features is None else list(out_features)
@@ -215,12 +216,15 @@ class MetaLearnerTrainer:
         learner.heads.train()
         features = learner.features(entries)
         objective, optimizer = Objective(learner, loss), torch.optim.SGD(learner.heads.parameters(), lr)
-        for _ in range(steps):
+        for step in range(steps):
             optimizer.zero_grad()
-            objective(features, targets).sum().backward()
+            _finite_sum(objective(features, targets), step).backward()
             optimizer.step()
         optimizer.zero_grad()
-        return learner.eval()
+        learner.eval()
+        with torch.no_grad():
+            _finite_sum(objective(features, targets), steps)
+        return learner
 
     def _train_jointly(self, phase: str, inputs, tasks, targets, epochs: int) -> float:
         entries, targets, loss = self._prepared(inputs, tasks, targets)
@@ -257,6 +261,7 @@ class MetaLearnerTrainer:
     def _prepared(self, inputs, tasks, targets) -> tuple[Entries, list[Tensor], Callable]:
         """The entries of a call, the targets of each, and the loss; the learner's outputs get their widths."""
         entries = self.learner.entries(inputs, tasks)
+        _check_finite(entries)
         targets = entries.arrange(targets)
         loss = self._checked_loss(targets)
         if entries.single:
@@ -295,6 +300,28 @@ def _check_steps(steps: int, lr: float, layers: str) -> None:
     _check.number("steps", steps, low=1, integer=True)
     _check.number("lr", lr, low=0, exclusive=True)
     _check.choice("layers", layers, ("head", "all"))
+
+
+def _check_finite(entries: Entries) -> None:
+    """Names the first of the caller's inputs that holds NaN or infinity."""
+    whole = isinstance(entries.x, Tensor)
+    for i, part in enumerate([entries.x] if whole else entries.x):
+        if bool(part.isfinite().all()):
+            continue
+        first = tuple((~part.isfinite()).nonzero()[0].tolist())
+        if whole:
+            # the row's place in the caller's tensor, or that of its entry
+            i = first[0] if entries.shared else first[0] // entries.counts[0]
+            i = i if entries.order is None else int(entries.order[first[0]])
+        raise ValueError(f"inputs must be finite, got {part[first].item()} in inputs[{i}]")
+
+
+def _finite_sum(losses: Tensor, taken: int) -> Tensor:
+    """The sum of the losses that `adapt` has after the steps taken."""
+    total = losses.sum()
+    if not bool(total.isfinite()):
+        raise FloatingPointError(f"the loss after {taken} steps of adapt is {total.item()}; a smaller lr may help")
+    return total
 
 
 def _widths(targets: list[Tensor], loss: Callable) -> list[int]:

@@ -49,8 +49,10 @@ def assert_like_a_loop(learner, modules, trunk, inputs, tasks):
     grads_of_loop = torch.autograd.grad(reference_loss, plain, create_graph=True, **options)
     second_of_loop = torch.autograd.grad(sum(g.square().sum() for g in grads_of_loop), plain, **options)
     for measured, reference in ((grads, grads_of_loop), (second, second_of_loop)):
+        # a bias before batch norm has the derivative zero: what is left of large terms, to their precision
+        scale = max(1.0, *(b.detach().abs().max().item() for b in reference))
         for a, b in zip(by_module(learner, own, measured), reference, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * scale)
 
 
 def by_module(learner, parameters, values):
@@ -268,6 +270,25 @@ def test_a_module_that_vmap_refuses_runs_task_by_task():
         torch.testing.assert_close(module.norm.running_mean, reference.norm.running_mean)
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_out_of_memory_error_is_not_taken_for_what_vmap_refuses():
+    class Hungry(nn.Linear):
+        """Its first call runs out of memory, a second one would not."""
+
+        calls = 0
+
+        def forward(self, x):
+            Hungry.calls += 1
+            if Hungry.calls == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    learner = MetaLearner(2, task_module=lambda: Hungry(3, 1))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        learner(torch.randn(2, 4, 3))
+    assert Hungry.calls == 1
+
+
 def test_a_failing_module_fails_in_its_own_words():
     learner = MetaLearner(2, task_module=lambda: nn.Linear(3, 1))
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
@@ -355,6 +376,14 @@ def test_500_heads_cost_far_less_than_500_modules(own):
         (
             lambda: MetaLearner(2)(torch.zeros(2, 3, 4, 4)),
             "tasks must be a list of ids (one for each inputs[i]) for inputs [2, 3, 4, 4], got None",
+        ),
+        (
+            lambda: MetaLearner(2, 4)(torch.zeros(2, 3, 4, dtype=torch.float64)),
+            "inputs must have the dtype of the learner (torch.float32), got torch.float64",
+        ),
+        (
+            lambda: MetaLearner(2, trunk=nn.Linear(4, 3))([torch.zeros(3, 4).half()], [0]),
+            "inputs[0] must have the dtype of the learner (torch.float32), got torch.float16",
         ),
         (lambda: MetaLearner(2, 4)(torch.zeros(2, 3, 5)), "rows.x must have 4 features, got shape [2, 3, 5]"),
         (lambda: MetaLearner(2, 4, 1).task_modules[2], "t must be a task in 0..1, got 2"),
