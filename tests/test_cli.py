@@ -18,7 +18,7 @@ import mtml_fast as mf
 typer = pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from mtml_fast.cli import main, report  # noqa: E402
+from mtml_fast.cli import main, report, train  # noqa: E402
 from mtml_fast.cli.config import open_run  # noqa: E402
 from mtml_fast.files import load_tensors  # noqa: E402
 
@@ -271,6 +271,29 @@ def test_without_its_library_the_command_line_says_what_to_install(capsys, monke
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "typer", None)
     assert run(capsys, "env", code=2) == "error: the command line needs typer: pip install 'mtml_fast[train]'"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", ["before", "after", "imports"])
+def test_a_signal_outside_of_training_stops_without_a_traceback(capsys, tmp_path, monkeypatch, number, code, moment):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def stopped(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal must act at once")
+
+    if moment == "imports":
+        monkeypatch.setattr("mtml_fast.cli._run", stopped)
+    else:
+        owner, name = (train, "_steps_per_second") if moment == "before" else (report, "evaluation")
+        monkeypatch.setattr(owner, name, stopped)
+    try:
+        exit_code = main(["train", "--iterations", "1", "--out", str(tmp_path)])
+    except SystemExit as stop:
+        exit_code = stop.code
+    assert exit_code == code
+    assert "Traceback" not in "".join(capsys.readouterr())
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -2,14 +2,20 @@
 
 Errors are one line on stderr; MTML_FAST_DEBUG=1 shows the traceback. Exit codes: 0 done, 1 training failed, 2 bad
 input, 130 and 143 stopped by Ctrl-C and SIGTERM (a run that was stopped goes on when the command is given again).
+
+A Ctrl-C in the first second or two, while Python still imports torch for the package, comes before any line of this
+file: a shell sees 130 then as well, but with Python's traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 __all__ = ["main"]
 
@@ -24,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["train"] and first.startswith("-") and first not in ("-h", "--help"):
         arguments.insert(1, "sinusoid")
     try:
-        with warnings.catch_warnings():
+        with _sigterm_as_exit(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
             return _run(arguments)
     except KeyboardInterrupt:
@@ -51,6 +57,23 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         raise ImportError(f"the command line needs {error.name}: pip install 'mtml_fast[train]'") from None
     return run(arguments)
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """SystemExit(143) where SIGTERM would kill at once: files that are being written are tidied up."""
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    own = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if own:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _one_line(text: object) -> str:
