@@ -191,8 +191,29 @@ def test_adapt_to_tasks_of_different_sizes(capsys, tmp_path, sinusoid_run):
         ({"x": np.array([["a"]]), "y": np.zeros((1, 1), int)}, r"x in .*s\.npz must hold numbers, got <U1"),
         ({"x": np.zeros((2, 3, 64)), "y": np.zeros((2, 4), int)}, r"s\.npz: y must have the rows of x \[2, 3\]"),
         ({"x": np.zeros((3, 3, 64)), "y": np.zeros((3, 3), int)}, "--query must hold the 3 tasks of --support, got 2"),
-        ({"x": np.zeros((2, 3, 63)), "y": np.zeros((2, 3), int)}, "63"),
-        ({"x": np.zeros((2, 3, 64)), "y": np.full((2, 3), 3)}, "got 3"),
+        (
+            {"x": np.full((2, 3, 64), np.nan), "y": np.zeros((2, 3), int)},
+            r"x in .*s\.npz must hold finite .* got nan at",
+        ),
+        (
+            {"x": np.full((2, 3, 64), 1e300), "y": np.zeros((2, 3), int)},
+            r"x in .*s\.npz must hold finite .* got 1e\+300",
+        ),
+        (
+            {"x": np.zeros((6, 64)), "y": np.zeros(6, int), "offsets": np.array([0.0, 2.5, 6.0])},
+            r"offsets in .*s\.npz must hold integers, got float64",
+        ),
+        (
+            {"x": np.zeros((2, 3, 63)), "y": np.zeros((2, 3), int)},
+            r"x in .*s\.npz must have rows of shape \[64\], got \[63\]",
+        ),
+        (
+            {"x": np.zeros((2, 3, 64)), "y": np.zeros((2, 3, 1), int)},
+            r"y in .*s\.npz must have rows of shape \[\], got \[1\]",
+        ),
+        ({"x": np.zeros((2, 3, 64)), "y": np.full((2, 3), 3)}, r"y in .*s\.npz must hold classes in 0 \.\. 2, got 3"),
+        ({"x": np.zeros((2, 3, 64)), "y": np.full((2, 3), -1)}, r"y in .*s\.npz must hold classes in 0 \.\. 2, got -1"),
+        (np.zeros((2, 3, 64)), r"s\.npz is not an npz file of arrays"),
         (b"not an archive", r"s\.npz is not an npz file of arrays"),
         (None, r"s\.npz does not exist"),
     ],
@@ -200,11 +221,41 @@ def test_adapt_to_tasks_of_different_sizes(capsys, tmp_path, sinusoid_run):
 def test_bad_files_for_adapt_are_one_line(capsys, tmp_path, digits_run, support, message):
     if isinstance(support, dict):
         np.savez(tmp_path / "s.npz", **support)
+    elif isinstance(support, np.ndarray):
+        with open(tmp_path / "s.npz", "wb") as file:
+            np.save(file, support)
     elif support is not None:
         (tmp_path / "s.npz").write_bytes(support)
     np.savez(tmp_path / "q.npz", x=np.zeros((2, 3, 64)))
     folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
     assert re.search(message, run(capsys, "adapt", digits_run, *folders, code=2))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ({"x": np.full((4, 3, 64), np.inf)}, r"x in .*q\.npz must hold finite numbers, got inf at \[0, 0, 0\]"),
+        ({"x": np.zeros((4, 3, 64)), "y": np.full((4, 3), 7)}, r"y in .*q\.npz must hold classes in 0 \.\. 2, got 7"),
+        ({"x": np.zeros((4, 3, 8, 8))}, r"x in .*q\.npz must have rows of shape \[64\], got \[8, 8\]"),
+    ],
+)
+def test_a_bad_query_is_one_line_before_anything_is_written(capsys, tmp_path, digits_run, query, message):
+    batch = digit_tasks()
+    np.savez(tmp_path / "s.npz", x=batch.support.x.numpy(), y=batch.support.y.numpy())
+    np.savez(tmp_path / "q.npz", **query)
+    folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
+    assert re.search(message, run(capsys, "adapt", digits_run, *folders, code=2))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("y", [np.full((2, 3, 1), np.nan), np.zeros((2, 3)), np.zeros((2, 3, 2))])
+def test_bad_targets_for_adapt_are_one_line(capsys, tmp_path, sinusoid_run, y):
+    np.savez(tmp_path / "s.npz", x=np.zeros((2, 3, 1)), y=y)
+    np.savez(tmp_path / "q.npz", x=np.zeros((2, 3, 1)))
+    folders = ["--support", tmp_path / "s.npz", "--query", tmp_path / "q.npz", "--out", tmp_path / "out"]
+    message = r"y in .*s\.npz must (hold finite numbers, got nan|have rows of shape \[1\], got \[2?\])"
+    assert re.search(message, run(capsys, "adapt", sinusoid_run, *folders, code=2))
     assert not (tmp_path / "out").exists()
 
 
@@ -224,6 +275,10 @@ def test_bad_files_for_adapt_are_one_line(capsys, tmp_path, digits_run, support,
         (["train", "--eval-tasks", "1"], "--eval-tasks must be at least 2, got 1"),
         (["train", "--seed", "-1"], "--seed must be at least 0, got -1"),
         (["train", "--device", "nonsense"], "--device must be a device that torch can use here, got 'nonsense'"),
+        (["train", "--device", "meta"], "--device must be a device that torch can use here, got 'meta'"),
+        (["train", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["train", "--threads", "100000000000"], r"--threads must be at most \d+, got 100000000000"),
+        (["train", "--iterations", str(2**40)], "--iterations must be at most 1099511627775, got 1099511627776"),
         (["train", "digits", "--ways", "4"], "ways must be at most the number of classes, 3, got 4"),
         (["train", "digits", "--norm", "layer"], "'--norm'.*'layer'"),
         (["train", "omniglot"], "Missing option '--root'"),
@@ -239,10 +294,46 @@ def test_errors_are_one_line_with_the_name_and_the_value(capsys, tmp_path, monke
     assert os.listdir(tmp_path) == []
 
 
-def test_a_damaged_config_is_one_line(capsys, tmp_path):
-    for text, message in (("{", "is damaged: Expecting"), ('{"a": 1}', "unknown entry 'a'"), ("{}", "missing 13")):
-        (tmp_path / "config.json").write_text(text)
-        assert message in run(capsys, "evaluate", tmp_path, code=2)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is damaged: Expecting"),
+        ('{"a": 1}', "unknown entry 'a'"),
+        ("{}", "missing 13"),
+        ("[1]", "it must hold an object, got list"),
+        ({"experiment": "digit"}, "experiment must be one of sinusoid, digits, omniglot, got 'digit'"),
+        ({"shots": "1"}, "shots must be int, got '1'"),
+        ({"shots": True}, "shots must be int, got True"),
+        ({"hidden": [64, "64"]}, "hidden must be a list of widths, got [64, '64']"),
+        ({"hidden": 64}, "hidden must be list, got 64"),
+        ({"lr": None}, "lr must be float or int, got None"),
+        ({"norm": "layer"}, "norm must be 'batch' or null, got 'layer'"),
+        ({"first_order": 0}, "first_order must be bool, got 0"),
+        ({"ways": None}, "ways must be given but for sinusoid, got None for digits"),
+        ({"root": 3}, "root must be str or null, got 3"),
+    ],
+)
+def test_a_damaged_config_is_one_line(capsys, tmp_path, digits_run, text, message):
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads((digits_run / "config.json").read_text()), **text})
+    (tmp_path / "config.json").write_text(text)
+    for command in (["evaluate", tmp_path], ["train", "digits", "--out", tmp_path]):
+        line = run(capsys, *command, code=2)
+        assert f"{tmp_path / 'config.json'} is damaged: " in line
+        assert message in line
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_run_without_a_checkpoint_is_one_line(capsys, tmp_path, digits_run):
+    for name in ("config.json", "history.csv"):
+        (tmp_path / name).write_bytes((digits_run / name).read_bytes())
+    assert run(capsys, "evaluate", tmp_path, code=2) == f"error: {tmp_path} holds no checkpoint"
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "history.csv"]
+
+
+def test_the_sinusoid_has_no_other_split(capsys, sinusoid_run):
+    line = run(capsys, "evaluate", sinusoid_run, "--split", "train", code=2)
+    assert "--split must be test for a sinusoid run, whose tasks are always new ones, got train" in line
 
 
 def test_a_damaged_checkpoint_is_a_warning_line(capsys, tmp_path, monkeypatch):

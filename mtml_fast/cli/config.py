@@ -28,6 +28,15 @@ _LEAST = {
     "ways": 2,
 }
 _INPUTS = {"sinusoid": 1, "digits": 64, "omniglot": 784}
+_KINDS = {
+    **{name: (int,) for name in _LEAST if name != "ways"},
+    "ways": (int, type(None)),
+    "hidden": (list,),
+    "lr": (float, int),
+    "meta_lr": (float, int),
+    "first_order": (bool,),
+    "root": (str, type(None)),
+}
 
 # what may change between two uses of a run without changing the run
 _FREE = ("root", "eval_tasks")
@@ -54,6 +63,20 @@ class Config:
     root: str | None = None
 
     def __post_init__(self):
+        if self.experiment not in _INPUTS:
+            raise ValueError(f"experiment must be one of {', '.join(_INPUTS)}, got {self.experiment!r}")
+        for name, kinds in _KINDS.items():
+            # bool is an int in Python
+            value = getattr(self, name)
+            if type(value) not in kinds:
+                expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if not self.hidden or not all(type(width) is int and width > 0 for width in self.hidden):
+            raise ValueError(f"hidden must be a list of widths, got {self.hidden!r}")
+        if self.norm not in ("batch", None):
+            raise ValueError(f"norm must be 'batch' or null, got {self.norm!r}")
+        if (self.ways is None) != (self.experiment == "sinusoid"):
+            raise ValueError(f"ways must be given but for sinusoid, got {self.ways} for {self.experiment}")
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_option(name, getattr(self, name), least)
@@ -71,6 +94,10 @@ class Config:
         return mf.data.Omniglot(self.root, split, ways=self.ways, **episodes)
 
     @property
+    def inputs(self) -> int:
+        return _INPUTS[self.experiment]
+
+    @property
     def loss(self) -> str:
         return "mse" if self.experiment == "sinusoid" else "cross_entropy"
 
@@ -78,20 +105,23 @@ class Config:
         """The untrained algorithm; needs no data, and the same seed gives the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            model = mf.nn.mlp(_INPUTS[self.experiment], self.hidden, self.ways or 1, norm=self.norm)
+            model = mf.nn.mlp(self.inputs, self.hidden, self.ways or 1, norm=self.norm)
         return mf.MAML(model, lr=self.lr, steps=self.steps, loss=self.loss, first_order=self.first_order)
 
-    def save(self, folder: Path) -> None:
-        """Write config.json, or check that the one in the folder is of the same run."""
+    def check_folder(self, folder: Path) -> None:
+        """Refuse a folder whose config.json is of another run."""
         path = folder / "config.json"
-        if path.exists():
-            saved, here = asdict(_load(path)), asdict(self)
-            for name in _FREE:
-                del saved[name], here[name]
-            if differing := differences(saved, here):
-                raise ValueError(f"--out {folder} holds another run: {'; '.join(differing)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(self), indent=2).encode())
+        if not path.exists():
+            return
+        saved, here = asdict(_load(path)), asdict(self)
+        for name in _FREE:
+            del saved[name], here[name]
+        if differing := differences(saved, here):
+            raise ValueError(f"--out {folder} holds another run: {'; '.join(differing)}")
+
+    def save(self, folder: Path) -> None:
+        """Write config.json."""
+        write_atomically(folder / "config.json", json.dumps(asdict(self), indent=2).encode())
 
 
 def open_run(folder: Path, root: Path | None = None) -> tuple[Config, torch.nn.Module, int]:
@@ -103,9 +133,11 @@ def open_run(folder: Path, root: Path | None = None) -> tuple[Config, torch.nn.M
     return config, algorithm, load_best(algorithm, folder)
 
 
-def check_option(name: str, value: int, least: int) -> None:
+def check_option(name: str, value: int, least: int, most: int | None = None) -> None:
     if value < least:
         raise ValueError(f"{_option(name)} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{_option(name)} must be at most {most}, got {value}")
 
 
 def _option(name: str) -> str:
@@ -117,6 +149,8 @@ def _load(path: Path) -> Config:
         raise FileNotFoundError(f"{path.parent} is not a run of mtml-fast train: it holds no config.json")
     try:
         values = json.loads(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold an object, got {type(values).__name__}")
         known = {field.name for field in fields(Config)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown entry {unknown[0]!r}")

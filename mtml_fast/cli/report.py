@@ -44,6 +44,8 @@ def evaluation(
 ) -> None:
     """Measure a run's best weights and print them beside the published figures, where there are some."""
     config, algorithm, step = open_run(folder, root)
+    if config.experiment == "sinusoid" and split != "test":
+        raise ValueError(f"--split must be test for a sinusoid run, whose tasks are always new ones, got {split}")
     num_tasks = config.eval_tasks if num_tasks is None else num_tasks
     if config.experiment == "sinusoid":
         print(_sinusoid_table(config, algorithm, step, num_tasks, _STEPS if steps is None else [steps]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ import typer
 from mtml_fast.cli import report
 from mtml_fast.cli.config import Config, check_option
 from mtml_fast.trainers.checkpoint import random_state, set_random_state
+from mtml_fast.trainers.evaluation import VALIDATION_STEP
 from mtml_fast.trainers.trainer import Trainer
 
 app = typer.Typer(
@@ -162,15 +164,16 @@ def digits(
 
 
 def _train(config: Config, iterations: int, minutes: float | None, out: Path, threads: int, device: str) -> None:
-    check_option("iterations", iterations, least=1)
-    check_option("threads", threads, least=1)
+    # beyond lie the steps that evaluation draws from
+    check_option("iterations", iterations, least=1, most=VALIDATION_STEP - 1)
+    check_option("threads", threads, least=1, most=os.cpu_count() or 1)
     torch.set_num_threads(threads)
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {minutes:g}")
     tasks = config.tasks("train")
     validation = None if config.experiment == "sinusoid" else config.tasks("validation")
     algorithm = config.algorithm().to(_device(device))
-    config.save(out)
+    config.check_folder(out)
     trainer = Trainer(
         algorithm,
         tasks,
@@ -182,6 +185,7 @@ def _train(config: Config, iterations: int, minutes: float | None, out: Path, th
         validate_every=50 if config.experiment == "digits" else 1000,
         checkpoint=out,
     )
+    config.save(out)
     left = iterations - trainer.step
     if left > 0:
         rate = _steps_per_second(algorithm, tasks, config.meta_batch)
@@ -213,7 +217,8 @@ def _steps_per_second(algorithm: torch.nn.Module, tasks: Any, meta_batch: int, s
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # reads a number back, which the device "meta" cannot
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be a device that torch can use here, got {name!r}: {error}") from None
     return device

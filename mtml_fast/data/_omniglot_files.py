@@ -30,6 +30,7 @@ _MD5 = {
 }
 _CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 _DRAWINGS = 20
+_UNREADABLE = "cannot be read by Python's zipfile: unpack it yourself, or get the official archive"
 
 # part of the cache key: to be raised with every change of the decoding
 _CACHE_VERSION = 1
@@ -71,7 +72,7 @@ def _find(root: Path, name: str, download: bool) -> Path:
         return _download(root, name)
     raise FileNotFoundError(
         f"Omniglot's {name}.zip (or the unpacked folder {name}) is neither in {folders[0]} nor in {folders[1]}: "
-        f"get it from {_URL}{name}.zip, or pass download=True"
+        f"get it from {_URL}{name}.zip"
     )
 
 
@@ -85,6 +86,8 @@ def _list(source: Path) -> dict[str, int]:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"{source} is damaged ({error}): delete it and get it again") from None
+        except NotImplementedError as error:
+            raise ValueError(f"{source} {_UNREADABLE} ({error})") from None
         found = ((tuple(entry.filename.split("/")[-3:]), entry.file_size) for entry in entries)
     # archives made on a Mac carry ._NAME.png beside NAME.png
     pictures = {"/".join(p): size for p, size in found if p[-1].endswith(".png") and not p[-1].startswith(".")}
@@ -107,6 +110,9 @@ def _decode(source: Path, paths: list[str]) -> np.ndarray:
                 grey = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         except (zipfile.BadZipFile, zlib.error, OSError, SyntaxError, EOFError) as error:
             raise ValueError(f"{source} is damaged at {path} ({error}): delete it and get it again") from None
+        # encrypted, or a compression that Python does not know (NotImplementedError, which is one)
+        except RuntimeError as error:
+            raise ValueError(f"{source} {_UNREADABLE} ({error})") from None
         # paper is 255 in the file, ink is 255 here
         images[i] = 255 - np.asarray(grey)
     return images

@@ -100,7 +100,7 @@ def test_missing_data_says_where_it_looked_and_where_to_get_it(tmp_path):
         Omniglot(tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("images_background.zip", str(tmp_path), str(tmp_path / "omniglot"), "https://", "download=True"):
+    for part in ("images_background.zip", str(tmp_path), str(tmp_path / "omniglot"), "https://"):
         assert part in message
 
 
@@ -122,6 +122,30 @@ def test_damaged_archives_are_named(tmp_path, own_cache, write_archive):
         archive.writestr("images_background/readme.txt", "no pictures")
     with pytest.raises(ValueError, match=r"holds no ALPHABET/CHARACTER/\*\.png"):
         Omniglot(tmp_path, "background")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (8, 1, "is encrypted"),
+        (10, 99, "compression method is not supported"),
+        (6, 99, r"zip file version 9\.9"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*results will not compare:UserWarning")
+def test_archives_that_python_cannot_read_are_named(tmp_path, own_cache, write_archive, place, value, reason):
+    path = write_archive(tmp_path / "images_background.zip")
+    content = bytearray(path.read_bytes())
+    # the same field of every entry of the archive's directory
+    entry = content.find(b"PK\x01\x02")
+    while entry >= 0:
+        content[entry + place] = value
+        entry = content.find(b"PK\x01\x02", entry + 4)
+    path.write_bytes(content)
+    message = rf"images_background\.zip cannot be read by Python's zipfile: unpack it yourself.*{reason}"
+    with pytest.raises(ValueError, match=message) as error:
+        Omniglot(tmp_path, "background")
+    assert "\n" not in str(error.value)
 
 
 def test_paper_splits_need_the_paper_characters(tmp_path, write_archive):
