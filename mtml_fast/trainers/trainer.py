@@ -18,6 +18,7 @@ from mtml_fast.files import save_tensors
 from mtml_fast.ops._check import readable
 from mtml_fast.tasks import TaskRows
 from mtml_fast.trainers import _names
+from mtml_fast.trainers.arguments import check_counts, check_rates, make_scheduler
 from mtml_fast.trainers.checkpoint import Checkpoints, check_state, pack, random_state, set_random_state
 from mtml_fast.trainers.evaluation import VALIDATION_STEP, Evaluation, check_tasks, evaluate
 from mtml_fast.trainers.identity import identity
@@ -69,9 +70,10 @@ class Trainer:
         step: meta-steps done.  history: list of rows.  best: `{"step", "value", "weights"}` or None.
 
     Raises:
-        ValueError, TypeError: naming the argument; a checkpoint of another run is refused naming what differs.
+        ValueError, TypeError: naming the argument; a checkpoint of another run is refused naming what differs (data,
+            outer loop, and what the modules' `extra_repr` shows: an algorithm of your own should show its settings).
         FloatingPointError: the loss is not finite; names the step. Weights and the last checkpoint are as before it.
-        OSError: naming the file that cannot be written.
+        OSError: naming the file that cannot be written; BlockingIOError where another trainer is using the folder.
 
     Example:
         >>> import mtml_fast as mf
@@ -110,19 +112,15 @@ class Trainer:
         check_tasks("tasks", tasks)
         if validation is not None:
             check_tasks("validation", validation)
-        for name, value in (
-            ("meta_batch", meta_batch),
-            ("validate_every", validate_every),
-            ("checkpoint_every", checkpoint_every),
-            ("log_every", log_every),
-            ("validation_tasks", validation_tasks),
-            ("patience", patience),
-        ):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-        for name, value in (("meta_lr", meta_lr), ("clip_grad", clip_grad)):
-            if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
-                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        check_counts(
+            meta_batch=meta_batch,
+            validate_every=validate_every,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            validation_tasks=validation_tasks,
+            **({} if patience is None else {"patience": patience}),
+        )
+        check_rates(meta_lr=meta_lr, **({} if clip_grad is None else {"clip_grad": clip_grad}))
         if validation_steps is not None and (type(validation_steps) is not int or validation_steps < 0):
             raise ValueError(f"validation_steps must be an int >= 0 or None, got {validation_steps!r}")
         if monitor is not None and not isinstance(monitor, str):
@@ -146,7 +144,7 @@ class Trainer:
         self.optimizer = _names.optimizer(optimizer, self._parameters, meta_lr)
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer must step once a gradient, without a closure, got LBFGS")
-        self.scheduler = _scheduler(scheduler, self.optimizer)
+        self.scheduler = make_scheduler(scheduler, self.optimizer)
         # before any of it moves
         self._run = identity(
             algorithm,
@@ -430,17 +428,3 @@ class Trainer:
         self.step, self._seconds, self._random = state["step"], state["seconds"], state["random"]
         self.monitor, self.best, self._without_better = state["monitor"], state["best"], state["without_better"]
         self.history, self._losses, self._accuracies = state["history"], state["losses"], state["accuracies"]
-
-
-def _scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
-    if callable(scheduler) and not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        scheduler = scheduler(optimizer)
-    if scheduler is None:
-        return None
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise TypeError("scheduler must step without a metric, got ReduceLROnPlateau")
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
-        raise TypeError(f"scheduler must be a torch scheduler or a callable giving one, got {type(scheduler).__name__}")
-    if scheduler.optimizer is not optimizer:
-        raise ValueError("scheduler must belong to the trainer's optimizer, got one of another optimizer")
-    return scheduler

@@ -386,6 +386,8 @@ def test_progress_bar_in_a_terminal(capsys, monkeypatch):
     [
         ({"meta_batch": 0}, ValueError, "meta_batch must be an int >= 1, got 0"),
         ({"meta_batch": 2.0}, ValueError, r"meta_batch must be an int >= 1, got 2\.0"),
+        ({"log_every": None}, ValueError, "log_every must be an int >= 1, got None"),
+        ({"meta_lr": None}, ValueError, "meta_lr must be a finite number > 0, got None"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be an int >= 1, got -1"),
         ({"meta_lr": math.nan}, ValueError, "meta_lr must be a finite number > 0, got nan"),
         ({"clip_grad": 0.0}, ValueError, r"clip_grad must be a finite number > 0, got 0\.0"),
