@@ -82,20 +82,26 @@ def test_no_tasks():
 
 
 def test_other_threads_run_meanwhile():
-    params, duration = [np.ones((64, 200_000), np.float32)], []
+    """The interpreter's lock is free during the call; on a busy machine one of five tries shows it."""
+    params = [np.ones((64, 200_000), np.float32)]
 
-    def work():
-        start = time.perf_counter()
-        mfn.sgd_step(params, params, lr=0.1, momentum=0.9, weight_decay=0.1, clip=1.0)
-        duration.append(time.perf_counter() - start)
+    def longest_pause():
+        duration = []
 
-    worker = threading.Thread(target=work)
-    worker.start()
-    ticks = [time.perf_counter()]
-    while worker.is_alive():
-        ticks.append(time.perf_counter())
-    # with the interpreter's lock held this thread would stand still for nearly the whole call
-    assert max(b - a for a, b in itertools.pairwise(ticks)) < 0.5 * duration[0]
+        def work():
+            start = time.perf_counter()
+            mfn.sgd_step(params, params, lr=0.1, momentum=0.9, weight_decay=0.1, clip=1.0)
+            duration.append(time.perf_counter() - start)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        ticks = [time.perf_counter()]
+        while worker.is_alive():
+            ticks.append(time.perf_counter())
+        return max(b - a for a, b in itertools.pairwise(ticks)) / duration[0]
+
+    # with the lock held this thread would stand still for nearly the whole call, every time
+    assert min(longest_pause() for _ in range(5)) < 0.5
 
 
 X, Y = np.zeros((2, 3)), np.zeros((2, 3), np.float32)
