@@ -79,7 +79,7 @@ class FunctionalPlan:
                 losses.add(tasks, z.new_zeros(z.shape[0]))
             else:
                 if loss == "cross_entropy":
-                    _check.labels("query_y", query.y, z.shape[2])
+                    _check.labels("query_y", query.y, z.shape[2] if z.dim() > 2 else 1)
                 mean = lambda z, y, m: mean_loss(loss, z, y, m)  # noqa: E731
                 losses.add(tasks, self._map(mean, (0, 0, None if mask is None else 0), z, query.y, mask))
             outputs.add(tasks, masked_outputs(z, mask, loss))

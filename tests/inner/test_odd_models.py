@@ -137,7 +137,7 @@ MODELS = {
     "shared-activation": shared_activation,
     "hooked": hooked,
     "subclass-of-an-activation": lambda: nn.Sequential(nn.Linear(6, 6), Square(), nn.Linear(6, 3)),
-    "padding": lambda: nn.Sequential(
+    "nested": lambda: nn.Sequential(
         nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
     ),
 }
@@ -353,6 +353,11 @@ def test_what_cannot_be():
         mf.MAML(model)(batch.to(torch.float32))
     with pytest.raises(ValueError, match=r"query_y must be in 0..2, got 7"):
         mf.MAML(model)(mf.TaskBatch(batch.support, mf.TaskRows(batch.query.x, batch.query.y + 5)))
+    one = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)).double()
+    zeros, twos = batch.support.y * 0, batch.query.y * 0 + 2
+    beyond = mf.TaskBatch(mf.TaskRows(batch.support.x, zeros), mf.TaskRows(batch.query.x, twos))
+    with pytest.raises(ValueError, match=r"query_y must be in 0..0, got 2"):
+        mf.MAML(one)(beyond)
     with pytest.raises(TypeError, match="model must return one tensor, got tuple"):
         mf.adapt(nn.LSTMCell(6, 3).double(), batch.support)
     with pytest.raises(TypeError, match="first_order must be a bool, got 'no'"):
