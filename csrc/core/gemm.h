@@ -1,0 +1,290 @@
+// Matrix products of one thread, for operands that fit the second cache; core/packed.h has the large ones.
+//
+//     product          C = start + A1 B1 (+ A2 B2)
+//     product_blocks   the row blocks of several tasks times one right operand
+//     dots             C = A B^T, along contiguous rows
+//
+// Every element of product's C is one chain of fused multiply-adds over k, in order, from its start: its bits depend
+// neither on the other rows and columns nor on the tile that it falls into. An element of dots depends on K alone.
+#pragma once
+
+#include <cstdint>
+
+#include "core/simd.h"
+
+namespace mtml::MTML_ISA {
+
+// columns that a tile works on, and that lie together in a packed right operand
+template <class T>
+constexpr int64_t kPanel = 2 * kLanes<T>;
+
+// n rounded up to whole vectors
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) & -kLanes<T>;
+}
+
+// element (m, k) at data[m * row + k * col]
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, col;
+};
+
+// element (k, n) at data[n / kPanel * panel + k * ld + n % kPanel]: a matrix by rows is {data, ld, kPanel}, packed
+// panels are {data, kPanel, K * kPanel}. Columns are readable up to padded(N).
+template <class T>
+struct Right {
+  const T* data;
+  int64_t ld, panel;
+};
+
+// a b, over k terms
+template <class T>
+struct Product {
+  Left<T> a;
+  Right<T> b;
+  int64_t k;
+};
+
+// what an element of C is before the first term: 0, the element of one row that serves all rows, or itself
+enum Start { kZero, kRow, kAdd };
+
+// rows of one task: their left operand, C, and the row to start from
+template <class T>
+struct RowBlock {
+  int64_t rows;
+  Left<T> a;
+  T* c;
+  const T* row;
+};
+
+// C [M, N] and the one or two products that it sums
+template <class T>
+struct Output {
+  T* c;
+  int64_t ldc;
+  Start start;
+  const T* row;
+  const Product<T>* products;
+  int num_products;
+};
+
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+
+// f(Index<0>{}), ..., f(Index<N - 1>{}): GCC keeps an array in registers only where all its indices are constants
+template <int N, int I = 0, class F>
+MTML_INLINE void unroll(const F& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = MTML_VECTOR_BYTES == 64 ? 32 : 16;
+#endif
+
+// rows of the tallest tile that is `vectors` wide. Twelve sums hide the latency of two units, and leave registers for
+// the operands.
+constexpr int tile_rows(int vectors) {
+  return vectors == 1 ? 12 : vectors == 2 ? (kRegisters == 32 ? 12 : 6) : vectors == 4 ? 3 : 1;
+}
+
+// R rows from m on and V vectors of columns from `panel` on
+template <class T, int R, int V>
+void tile(const Output<T>& to, int64_t m, int64_t panel) {
+  using Lanes = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t ldc = to.ldc;
+  T* c = to.c + m * ldc + panel * kPanel<T>;
+
+  Lanes sums[R * V];
+  if (to.start == kAdd) {
+    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(c + r * ldc + v * L); }); });
+  } else if (to.start == kRow) {
+    const T* row = to.row + panel * kPanel<T>;
+    unroll<V>([&](auto v) {
+      const Lanes value = load<Lanes>(row + v * L);
+      unroll<R>([&](auto r) { sums[r * V + v] = value; });
+    });
+  } else {
+    unroll<R * V>([&](auto i) { sums[i] = Lanes{}; });
+  }
+
+  for (int i = 0; i < to.num_products; ++i) {
+    const Product<T>& product = to.products[i];
+    const int64_t row = product.a.row, col = product.a.col, ld = product.b.ld, next_panel = product.b.panel;
+    const T* a = product.a.data + m * row;
+    const T* b = product.b.data + panel * next_panel;
+    for (int64_t k = product.k; k > 0; --k) {
+      Lanes right[V];
+      unroll<V>([&](auto v) { right[v] = load<Lanes>(b + v / 2 * next_panel + v % 2 * L); });
+      unroll<R>([&](auto r) {
+        const T left = a[r * row];
+        unroll<V>([&](auto v) { sums[r * V + v] += left * right[v]; });
+      });
+      a += col;
+      b += ld;
+    }
+  }
+  unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(c + r * ldc + v * L, sums[r * V + v]); }); });
+}
+
+template <class T>
+using Tile = void (*)(const Output<T>&, int64_t m, int64_t panel);
+
+// the tile of R rows, or the tallest
+template <class T, int R, int V>
+constexpr Tile<T> kTile = tile<T, (R < tile_rows(V) ? R : tile_rows(V)), V>;
+
+// by rows
+template <class T, int V>
+constexpr Tile<T> kTiles[] = {nullptr,         kTile<T, 1, V>,  kTile<T, 2, V>, kTile<T, 3, V>, kTile<T, 4, V>,
+                              kTile<T, 5, V>,  kTile<T, 6, V>,  kTile<T, 7, V>, kTile<T, 8, V>, kTile<T, 9, V>,
+                              kTile<T, 10, V>, kTile<T, 11, V>, kTile<T, 12, V>};
+
+// M rows as `high` tiles of `rows` rows and `low` tiles of one row less: heights that differ by one waste least
+struct RowTiles {
+  int64_t rows, high, low;
+};
+template <int R>
+MTML_INLINE RowTiles row_tiles(int64_t M) {
+  const int64_t tiles = (M + R - 1) / R;
+  int64_t rows = R, missing = tiles * R - M;
+  while (missing >= tiles && missing > 0) {
+    --rows;
+    missing -= tiles;
+  }
+  return {rows, tiles - missing, missing};
+}
+
+// V vectors of columns from `panel` on, all M rows
+template <int V, class T>
+MTML_INLINE void columns(const Output<T>& to, int64_t M, int64_t panel) {
+  const RowTiles tiles = row_tiles<tile_rows(V)>(M);
+  int64_t m = 0;
+  const Tile<T> high = kTiles<T, V>[tiles.rows];
+  for (int64_t i = 0; i < tiles.high; ++i, m += tiles.rows) high(to, m, panel);
+  if (tiles.low == 0) return;
+  const Tile<T> low = kTiles<T, V>[tiles.rows - 1];
+  for (int64_t i = 0; i < tiles.low; ++i, m += tiles.rows - 1) low(to, m, panel);
+}
+
+template <class T>
+MTML_INLINE void all_columns(const Output<T>& to, int64_t M, int64_t N) {
+  if (M <= 0) return;
+  int64_t vectors = padded<T>(N) / kLanes<T>, panel = 0;
+  // few rows: several panels at a time, so that there are enough sums to hide the latency
+  if (M == 1) {
+    for (; vectors >= 8; vectors -= 8, panel += 4) tile<T, 1, 8>(to, 0, panel);
+  }
+  if (M <= tile_rows(4)) {
+    for (; vectors >= 4; vectors -= 4, panel += 2) kTiles<T, 4>[M](to, 0, panel);
+  }
+  for (; vectors >= 2; vectors -= 2, ++panel) columns<2>(to, M, panel);
+  if (vectors > 0) columns<1>(to, M, panel);
+}
+
+// C [M, N] = start + p1. Writes padded(N) columns, ldc >= padded(N). C may not overlap the operands.
+template <class T>
+void product(int64_t M, int64_t N, T* c, int64_t ldc, Start start, const T* row, const Product<T>& p1) {
+  all_columns<T>({c, ldc, start, row, &p1, 1}, M, N);
+}
+
+// C [M, N] = start + p1 + p2
+template <class T>
+void product(int64_t M, int64_t N, T* c, int64_t ldc, Start start, const T* row, const Product<T>& p1,
+             const Product<T>& p2) {
+  const Product<T> both[] = {p1, p2};
+  all_columns<T>({c, ldc, start, row, both, 2}, M, N);
+}
+
+// c [rows, N] = start + a b for every block. Panels outside, blocks inside: a panel of b is read from the second cache
+// once and serves all blocks from the first.
+template <class T>
+void product_blocks(const RowBlock<T>* blocks, int64_t count, int64_t N, int64_t K, const Right<T>& b, int64_t ldc,
+                    Start start) {
+  const int64_t vectors = padded<T>(N) / kLanes<T>;
+  for (int64_t v = 0, panel = 0; v < vectors; v += 2, ++panel) {
+    for (int64_t i = 0; i < count; ++i) {
+      const RowBlock<T>& block = blocks[i];
+      const Product<T> one = {block.a, b, K};
+      const Output<T> to = {block.c, ldc, start, block.row, &one, 1};
+      if (block.rows <= 0) continue;
+      if (vectors - v >= 2) {
+        columns<2>(to, block.rows, panel);
+      } else {
+        columns<1>(to, block.rows, panel);
+      }
+    }
+  }
+}
+
+// the lanes' sum, by halves
+template <class T>
+MTML_INLINE T sum_of_lanes(Vector<T> value) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int64_t width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// R x S dot products. The order of an element's sum: lane by lane, the lanes by halves, then what is left of K.
+template <class T, int R, int S>
+void dots_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+  using Lanes = Vector<T>;
+  Lanes sums[R * S];
+  unroll<R * S>([&](auto i) { sums[i] = Lanes{}; });
+  int64_t k = 0;
+  for (; k + kLanes<T> <= K; k += kLanes<T>) {
+    Lanes right[S];
+    unroll<S>([&](auto s) { right[s] = load<Lanes>(b + s * ldb + k); });
+    unroll<R>([&](auto r) {
+      const Lanes left = load<Lanes>(a + r * lda + k);
+      unroll<S>([&](auto s) { sums[r * S + s] += left * right[s]; });
+    });
+  }
+  unroll<R>([&](auto r) {
+    unroll<S>([&](auto s) {
+      T total = sum_of_lanes<T>(sums[r * S + s]);
+      for (int64_t rest = k; rest < K; ++rest) total += a[r * lda + rest] * b[s * ldb + rest];
+      T* to = c + r * ldc + s;
+      *to = add ? *to + total : total;
+    });
+  });
+}
+
+// C [M, N] = A B^T (+ C where `add`): c[m, n] = sum_k a[m * lda + k] b[n * ldb + k]. Reads K elements of a row, writes
+// N of C.
+template <class T>
+void dots(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+          bool add) {
+  constexpr int R = 4, S = 3;
+  for (int64_t n = 0; n < N; n += S) {
+    const int64_t columns = N - n < S ? N - n : S;
+    const T* right = b + n * ldb;
+    for (int64_t m = 0; m < M; m += R) {
+      const int64_t rows = M - m < R ? M - m : R;
+      if (rows == R && columns == S) {
+        dots_tile<T, R, S>(K, a + m * lda, lda, right, ldb, c + m * ldc + n, ldc, add);
+        continue;
+      }
+      for (int64_t r = m; r < m + rows; ++r) {
+        for (int64_t s = 0; s < columns; ++s) {
+          dots_tile<T, 1, 1>(K, a + r * lda, lda, right + s * ldb, ldb, c + r * ldc + n + s, ldc, add);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace mtml::MTML_ISA
