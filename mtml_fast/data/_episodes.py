@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +14,13 @@ from torch import Tensor
 from mtml_fast.data._random import VERSION, Draws
 from mtml_fast.tasks import TaskBatch, TaskRows
 
-__all__ = ["ClassEpisodes", "Episodes", "check_choice", "check_dtype", "check_int"]
+__all__ = ["ClassEpisodes", "DrawnAhead", "Episodes", "check_choice", "check_dtype", "check_int"]
+
+# tasks whose random numbers are drawn in one go: NumPy's calls then cost next to nothing a step, and what waits for its
+# step stays small (a few 100 KiB)
+_TASKS_AHEAD = 1024
+# bytes: below, the allocator has memory at hand; above, it would be much to hold on to
+_REUSED = range(1 << 17, 1 << 26)
 
 
 class Episodes:
@@ -43,7 +51,8 @@ class Episodes:
         Raises:
             TypeError, ValueError: for counts that are not integers or are out of range.
         """
-        return self._sample(self._draws(num_tasks, step, first_task))
+        num_tasks = check_int("num_tasks", num_tasks, 1)
+        return self._sample(num_tasks, check_int("step", step, 0), check_int("first_task", first_task, 0))
 
     @property
     def fingerprint(self) -> str:
@@ -60,12 +69,39 @@ class Episodes:
         step, first_task = check_int("step", step, 0), check_int("first_task", first_task, 0)
         return Draws(self.seed, step, first_task, num_tasks)
 
-    def _sample(self, draws: Draws) -> TaskBatch:
-        """The tasks that the draws lead to: what each data set adds."""
+    def _sample(self, num_tasks: int, step: int, first_task: int) -> TaskBatch:
+        """The tasks: what each data set adds."""
         raise NotImplementedError
 
 
-class ClassEpisodes(Episodes):
+class DrawnAhead(Episodes):
+    """Episodes whose random part is arrays `[T, ...]`, drawn for many steps at once where the steps come in turn."""
+
+    # (seed, num_tasks, first_task), the first step, the step after the last, the arrays of all of them: replaced as a
+    # whole, so that threads may share a data set
+    _drawn: tuple | None = None
+
+    def _sample(self, num_tasks: int, step: int, first_task: int) -> TaskBatch:
+        key, drawn = (self.seed, num_tasks, first_task), self._drawn
+        if drawn is None or drawn[0] != key or not drawn[1] <= step < drawn[2]:
+            # a single step is drawn alone; its successor shows that a loop has begun
+            in_turn = drawn is not None and drawn[0] == key and step == drawn[2]
+            steps = max(1, _TASKS_AHEAD // num_tasks) if in_turn else 1
+            arrays = self._draw(Draws(self.seed, step, first_task, num_tasks, steps))
+            drawn = self._drawn = key, step, step + steps, arrays
+        start = (step - drawn[1]) * num_tasks
+        return self._batch(*(array[start : start + num_tasks] for array in drawn[3]))
+
+    def _draw(self, draws: Draws) -> tuple[np.ndarray, ...]:
+        """All that is random about the tasks, arrays `[T, ...]`."""
+        raise NotImplementedError
+
+    def _batch(self, *arrays: np.ndarray) -> TaskBatch:
+        """The tasks that these rows of the arrays lead to; shares no memory with them."""
+        raise NotImplementedError
+
+
+class ClassEpisodes(DrawnAhead):
     """N-way K-shot episodes: draw `ways` classes, label them 0 .. ways - 1 in random order, draw rows of each.
 
     The rows of a task are ordered by label: `shots` rows of label 0, then of label 1, ...; likewise the query rows.
@@ -115,6 +151,9 @@ class ClassEpisodes(Episodes):
         self._counts, self._starts = counts, np.cumsum(counts) - counts
         self._variants, self._scale = variants, scale
         self._shots, self._query_shots = shots, query_shots
+        labels = torch.arange(ways, device=self._device)
+        self._support = labels.repeat_interleave(shots), _Memory()
+        self._query = labels.repeat_interleave(query_shots), _Memory()
         self.classes = tuple(classes)
         self.outputs = ways
         self.input_shape = tuple(pool.shape[1:])
@@ -122,7 +161,7 @@ class ClassEpisodes(Episodes):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, classes={len(self.classes)})"
 
-    def _sample(self, draws: Draws) -> TaskBatch:
+    def _draw(self, draws: Draws) -> tuple[np.ndarray, ...]:
         ways, shots, query_shots = self.outputs, self._shots, self._query_shots
         classes = draws.distinct(len(self._counts), ways)  # [T, C]
         rows = draws.distinct(self._counts[classes], shots + query_shots, ways)  # [T, C, shots + query_shots]
@@ -130,16 +169,54 @@ class ClassEpisodes(Episodes):
         if self._variants > 1:
             start += draws.integers(self._variants, ways) * int(self._counts.sum())
         rows += start[..., None]
-        return TaskBatch(self._rows(rows[..., :shots]), self._rows(rows[..., shots:]))
+        return tuple(np.ascontiguousarray(part) for part in (rows[..., :shots], rows[..., shots:]))
 
-    def _rows(self, rows: np.ndarray) -> TaskRows:
+    def _batch(self, support: np.ndarray, query: np.ndarray) -> TaskBatch:
+        return TaskBatch(self._rows(support, *self._support), self._rows(query, *self._query))
+
+    def _rows(self, rows: np.ndarray, labels: Tensor, memory: _Memory) -> TaskRows:
         tasks, ways, shots = rows.shape
         rows = torch.from_numpy(rows.reshape(-1)).to(self._device)
-        x = self._pool.index_select(0, rows)
-        if self._scale is not None:
-            x = x.to(self._dtype).mul_(self._scale)
-        labels = torch.arange(ways, device=self._device).repeat_interleave(shots)
+        dtype = self._pool.dtype if self._scale is None else self._dtype
+        x = memory.empty((len(rows), *self.input_shape), dtype, self._device)
+        if self._scale is None:
+            torch.index_select(self._pool, 0, rows, out=x)
+        else:
+            x.copy_(self._pool.index_select(0, rows)).mul_(self._scale)
         return TaskRows(x.view(tasks, ways * shots, *self.input_shape), labels.repeat(tasks, 1))
+
+
+class _Memory:
+    """Memory for one large tensor at a time, used again once the tensor and all its views are gone.
+
+    A training loop lets go of a batch before it takes the next one. The allocator returns such a block of megabytes to
+    the system and gets another one, whose pages the system then fills in: that takes longer than the copy into it.
+    """
+
+    def __init__(self):
+        self._blocks: list[np.ndarray] = []
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As `torch.empty`."""
+        size = math.prod(shape) * dtype.itemsize
+        if size not in _REUSED or device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        try:
+            # taken out while it is in use here, so that threads may share a data set
+            block = self._blocks.pop()
+        except IndexError:
+            block = None
+        # tensors made by from_numpy hold the array: without them this name and the call's argument are all who know it
+        if block is None or block.nbytes < size + 64 or sys.getrefcount(block) > 2:
+            block = np.empty(size + 64, np.uint8)
+        start = -block.ctypes.data % 64
+        tensor = torch.from_numpy(block[start : start + size]).view(dtype).view(shape)
+        self._blocks[:] = [block]
+        return tensor
+
+    def __reduce__(self):
+        # copies and other processes begin with none
+        return _Memory, ()
 
 
 def check_int(name: str, value, least: int) -> int:

@@ -22,9 +22,11 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 class Draws:
-    """The random numbers of tasks `first_task .. first_task + num_tasks - 1` of one step, taken call after call.
+    """The random numbers of tasks `first_task .. first_task + num_tasks - 1` of a step, taken call after call.
 
     Every method returns arrays `[T, ...]`; row t depends on (seed, step, first_task + t) and the calls made before.
+    With `steps > 1` the rows of the steps `step .. step + steps - 1` follow each other, `T = steps * num_tasks`: a call
+    costs little more than for one step.
 
     Example:
         >>> whole, part = Draws(0, 7, 0, 5), Draws(0, 7, 3, 2)
@@ -32,10 +34,11 @@ class Draws:
         True
     """
 
-    def __init__(self, seed: int, step: int, first_task: int, num_tasks: int):
-        self.first_task, self.num_tasks = first_task, num_tasks
-        self._step_key = _mix_int(_mix_int(seed + _GOLDEN) + (step + 1) * _GOLDEN)
-        self._task_keys = _stream(np.uint64(self._step_key), first_task, num_tasks)  # [T]
+    def __init__(self, seed: int, step: int, first_task: int, num_tasks: int, steps: int = 1):
+        self.num_tasks = steps * num_tasks
+        self._range = first_task, first_task + num_tasks
+        self._step_keys = _stream(np.uint64(_mix_int(seed + _GOLDEN)), step, steps)  # [steps]
+        self._task_keys = _stream(self._step_keys[:, None], first_task, num_tasks).reshape(-1)  # [T]
         self._used = 0
 
     def bits(self, *shape: int) -> np.ndarray:
@@ -82,16 +85,19 @@ class Draws:
 
         Tasks 0 .. bound - 1 of a step get different entries, the next `bound` tasks those of a new permutation.
         """
-        stop = self.first_task + self.num_tasks
-        rounds = range(self.first_task // bound, (stop - 1) // bound + 1)
-        entries = [self._permutation(bound, r, min(bound, stop - r * bound)) for r in rounds]
-        start = self.first_task - rounds[0] * bound
-        return np.concatenate(entries)[start : start + self.num_tasks]
+        first, stop = self._range
+        rounds = range(first // bound, (stop - 1) // bound + 1)
+        start = first - rounds[0] * bound
+        steps = []
+        for key in self._step_keys.tolist():
+            entries = [self._permutation(key, bound, r, min(bound, stop - r * bound)) for r in rounds]
+            steps.append(np.concatenate(entries)[start : start + stop - first])
+        return np.concatenate(steps)
 
-    def _permutation(self, bound: int, round_: int, count: int) -> np.ndarray:
+    def _permutation(self, step_key: int, bound: int, round_: int, count: int) -> np.ndarray:
         # the first occurrences in a sequence of independent draws are a permutation, and a longer sequence only adds
         # to it: the work grows with count, not bound. The complement keeps the key apart from those of the tasks
-        key = np.uint64(_mix_int((self._step_key ^ _WORD) + (round_ + 1) * _GOLDEN))
+        key = np.uint64(_mix_int((step_key ^ _WORD) + (round_ + 1) * _GOLDEN))
         length = 2 * count
         while True:
             values = _below(_stream(key, 0, length), bound)

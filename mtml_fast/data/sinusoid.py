@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtml_fast.data._episodes import Episodes, check_int
+from mtml_fast.data._episodes import DrawnAhead, check_int
 from mtml_fast.data._random import Draws
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 __all__ = ["Sinusoid"]
 
 
-class Sinusoid(Episodes):
+class Sinusoid(DrawnAhead):
     """Sine waves with an amplitude and a phase per task: y = amplitude * sin(x - phase).
 
     All three are uniform, by default amplitude in [0.1, 5], phase in [0, pi] (radians) and x in [-5, 5]: Finn, Abbeel
@@ -73,22 +73,24 @@ class Sinusoid(Episodes):
         amplitude, phase = self._parameters(self._draws(num_tasks, step, first_task))
         return self._tensor(amplitude), self._tensor(phase)
 
-    def _sample(self, draws: Draws) -> TaskBatch:
+    def _draw(self, draws: Draws) -> tuple[np.ndarray, ...]:
         amplitude, phase = self._parameters(draws)
         x = _between(self._x, draws.uniform(self._shots + self._query_shots))  # [T, N + Q]
         y = amplitude[:, None] * np.sin(x - phase[:, None])
         support, query = slice(None, self._shots), slice(self._shots, None)
-        return TaskBatch(self._rows(x[:, support], y[:, support]), self._rows(x[:, query], y[:, query]))
+        parts = x[:, support], y[:, support], x[:, query], y[:, query]
+        return tuple(np.ascontiguousarray(part[..., None]) for part in parts)  # [T, N or Q, 1] each
 
-    def _rows(self, x: np.ndarray, y: np.ndarray) -> TaskRows:
-        return TaskRows(self._tensor(x[..., None]), self._tensor(y[..., None]))
+    def _batch(self, x: np.ndarray, y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray) -> TaskBatch:
+        tensor = self._tensor
+        return TaskBatch(TaskRows(tensor(x), tensor(y)), TaskRows(tensor(query_x), tensor(query_y)))
 
     def _parameters(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         unit = draws.uniform(2)  # [T, 2]
         return _between(self._amplitude, unit[:, 0]), _between(self._phase, unit[:, 1])
 
     def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)
+        return torch.from_numpy(values).to(self._device, self._dtype, copy=True)
 
 
 def _between(limits: tuple[float, float], unit: np.ndarray) -> np.ndarray:

@@ -113,7 +113,8 @@ class TensorTasks(Episodes):
         """
         return torch.from_numpy(self._draws(num_tasks, step, first_task).permuted(len(self)))
 
-    def _sample(self, draws: Draws) -> TaskBatch:
+    def _sample(self, num_tasks: int, step: int, first_task: int) -> TaskBatch:
+        draws = Draws(self.seed, step, first_task, num_tasks)
         tasks = draws.permuted(len(self))  # [T]
         counts, starts = self._counts[tasks], self._starts[tasks]
         support, query = self._support[tasks], self._query[tasks]
