@@ -1,0 +1,246 @@
+// The loss of one task: a mean over its N rows and, for mse and bce, over its outputs. A row has C outputs in ld >= C
+// columns, ld a multiple of kLanes<T>; `mask` [C] tells which of them the task has (null: all). Columns that do not
+// exist are read but never counted, whatever they hold.
+//
+//     cross_entropy  p = softmax(z)   d = (p - onehot) / N               Rd = (p * Rz - p <p, Rz>) / N
+//     mse            p unused         d = 2 (z - target) / (N count)     Rd = 2 Rz / (N count)
+//     bce            p = sigmoid(z)   d = (p - target) / (N count)       Rd = p (1 - p) Rz / (N count)
+#pragma once
+
+#include "core/mlp_adapt_args.h"
+#include "core/vector_math.h"
+
+namespace mtml::MTML_ISA {
+
+// Which of C columns exist, a vector of them at a time.
+template <class T>
+struct Columns {
+  const bool* mask;
+  int64_t full;      // vectors that lie within C
+  Integers<T> rest;  // in the vector behind them
+  int64_t count;     // columns that exist
+
+  Columns(int64_t C, const bool* mask) : mask(mask), full(C / kLanes<T>), rest{}, count(C) {
+    for (int64_t l = 0; l < C % kLanes<T>; ++l) rest[l] = !mask || mask[full * kLanes<T> + l] ? -1 : 0;
+    if (!mask) return;
+    count = 0;
+    for (int64_t c = 0; c < C; ++c) count += mask[c];
+  }
+
+  // all bits of an element set where its column exists
+  MTML_INLINE Integers<T> operator()(int64_t v) const {
+    if (v >= full) return v == full ? rest : Integers<T>{};
+    if (!mask) return ~Integers<T>{};
+    typedef signed char Bytes __attribute__((vector_size(kLanes<T>)));
+    return __builtin_convertvector(load<Bytes>(mask + v * kLanes<T>), Integers<T>) != 0;
+  }
+};
+
+// every lane by its neighbour at a distance of a power of two
+template <class T, int kDistance, class V>
+MTML_INLINE V swap_lanes(V x) {
+  constexpr int d = kDistance;
+#ifdef __clang__
+  if constexpr (kLanes<T> == 2) return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d);
+  if constexpr (kLanes<T> == 4) return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d);
+  if constexpr (kLanes<T> == 8)
+    return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
+  if constexpr (kLanes<T> == 16)
+    return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, 8 ^ d, 9 ^ d, 10 ^ d,
+                                   11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d);
+#else
+  if constexpr (kLanes<T> == 2) return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d});
+  if constexpr (kLanes<T> == 4) return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d});
+  if constexpr (kLanes<T> == 8)
+    return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d});
+  if constexpr (kLanes<T> == 16)
+    return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, 8 ^ d, 9 ^ d,
+                                            10 ^ d, 11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d});
+#endif
+}
+
+// the lanes combined by f, in every lane
+template <class T, int kDistance = 1, class V, class F>
+MTML_INLINE V reduce_lanes(V x, F f) {
+  if constexpr (kDistance < kLanes<T>) {
+    return reduce_lanes<T, 2 * kDistance>(f(x, swap_lanes<T, kDistance>(x)), f);
+  } else {
+    return x;
+  }
+}
+template <class T>
+MTML_INLINE Vector<T> max_of_lanes(Vector<T> x) {
+  return reduce_lanes<T>(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class T>
+MTML_INLINE Vector<T> sum_of_lanes(Vector<T> x) {
+  return reduce_lanes<T>(x, [](auto a, auto b) { return a + b; });
+}
+
+// a sum over vectors that adds at most kShortSum of them before they go into the total
+template <class T>
+struct ShortSums {
+  Vector<T> total{}, part{};
+  int64_t terms = 0;
+  MTML_INLINE void add(Vector<T> x) {
+    part += x;
+    if (++terms % kShortSum == 0) {
+      total += part;
+      part = Vector<T>{};
+    }
+  }
+  MTML_INLINE Vector<T> result() const { return sum_of_lanes<T>(total + part); }
+};
+
+template <class T>
+double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* labels, int64_t C, const Columns<T>& has,
+                             T* p, T* d) {
+  using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t vectors = ld / L;
+  const V minus_infinity = all<T>(static_cast<T>(-__builtin_inf()));
+  const T mean = T(1) / static_cast<T>(N);
+  T* const e = d ? d : p;  // where exp(z - top) waits for its sum
+  constexpr int64_t kRows = 64;
+  // a row's loss is log(sum) + above, its largest output above the label's
+  T sums[kRows], above[kRows];
+  double loss = 0;
+  for (int64_t first = 0; first < N; first += kRows) {
+    const int64_t rows = first + kRows < N ? kRows : N - first;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = (first + i) * ld;
+      V top = minus_infinity;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const V x = has(v) ? load<V>(z + row + v * L) : minus_infinity;
+        top = x > top ? x : top;
+      }
+      top = max_of_lanes<T>(top);
+      ShortSums<T> sum;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const V x = exp_<T>((has(v) ? load<V>(z + row + v * L) : minus_infinity) - top);
+        // again, as the difference is NaN for a top that is
+        const V value = has(v) ? x : V{};
+        sum.add(value);
+        if (e) store(e + row + v * L, value);
+      }
+      const V total = sum.result();
+      sums[i] = total[0];
+      const int64_t label = labels[first + i];
+      const bool inside = label >= 0 && label < C;
+      const bool exists = inside && (!has.mask || has.mask[label]);
+      above[i] = exists   ? top[0] - z[row + label]
+                 : inside ? static_cast<T>(__builtin_inf())
+                          : static_cast<T>(__builtin_nan(""));
+      if (!e) continue;
+      const V scale = T(1) / total;
+      const T at_label = exists ? e[row + label] * scale[0] : 0;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const V value = has(v) ? load<V>(e + row + v * L) * scale : V{};
+        if (p) store(p + row + v * L, value);
+        if (d) store(d + row + v * L, mean * value);
+      }
+      if (d && exists) d[row + label] = mean * (at_label - T(1));
+    }
+    for (int64_t i = rows; i < (rows + L - 1) / L * L; ++i) sums[i] = 1, above[i] = 0;
+    for (int64_t i = 0; i < rows; i += L) store(sums + i, log_from_one<T>(load<V>(sums + i)) + load<V>(above + i));
+    for (int64_t i = 0; i < rows; ++i) loss += sums[i];
+  }
+  return loss / static_cast<double>(N);
+}
+
+// mse and bce: each output is on its own. f(z, target) = {value, derivative, p}
+template <class T>
+struct OutputLoss {
+  Vector<T> value, derivative, p;
+};
+
+template <class T, class F>
+MTML_INLINE double output_loss_forward(int64_t N, int64_t C, int64_t ld, const T* z, const T* targets,
+                                       const Columns<T>& has, T* p, T* d, F f) {
+  using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
+  const double outputs = static_cast<double>(N * (has.count ? has.count : 1));
+  const T mean = static_cast<T>(1 / outputs);
+  double loss = 0;
+  V part{};
+  int64_t terms = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    for (int64_t v = 0; v < ld / L; ++v) {
+      const int64_t at = i * ld + v * L, target = i * C + v * L;
+      const int64_t columns = C - v * L;
+      // behind the row stand the next rows' targets: only at the end must the rest be loaded with care
+      const V t = columns <= 0          ? V{}
+                  : target + L <= N * C ? load<V>(targets + target)
+                                        : load_first(targets + target, columns < L ? columns : L);
+      const OutputLoss<T> output = f(load<V>(z + at), t);
+      part += has(v) ? output.value : V{};
+      if (p) store(p + at, has(v) ? output.p : V{});
+      if (d) store(d + at, has(v) ? mean * output.derivative : V{});
+      if (++terms % kShortSum == 0) {
+        loss += sum_of_lanes<T>(part)[0];
+        part = V{};
+      }
+    }
+  }
+  return (loss + sum_of_lanes<T>(part)[0]) / outputs;
+}
+
+// The task's loss; d = dL/dz [N, ld] and p [N, ld] are written unless null, with zeros in columns that do not exist.
+// targets [N, C]. A label outside of 0 <= label < C makes the loss NaN.
+template <class T>
+T loss_forward(Loss loss, int64_t N, int64_t C, int64_t ld, const T* z, const int64_t* labels, const T* targets,
+               const bool* mask, T* p, T* d) {
+  using V = Vector<T>;
+  if (N == 0) return 0;
+  const Columns<T> has(C, mask);
+  if (loss == Loss::kCrossEntropy) {
+    return static_cast<T>(cross_entropy_forward(N, ld, z, labels, C, has, p, d));
+  }
+  if (loss == Loss::kMse) {
+    return static_cast<T>(output_loss_forward(N, C, ld, z, targets, has, static_cast<T*>(nullptr), d, [](V z, V t) {
+      const V difference = z - t;
+      return OutputLoss<T>{difference * difference, T(2) * difference, V{}};
+    }));
+  }
+  return static_cast<T>(output_loss_forward(N, C, ld, z, targets, has, p, d, [](V z, V t) {
+    const V e = exp_<T>(-magnitude<T>(z));
+    const V p = (z < V{} ? e : all<T>(1)) / (T(1) + e);
+    // in torch's order, which decides what infinities give
+    return OutputLoss<T>{(T(1) - t) * z - ((z < V{} ? z : V{}) - log1p_of_unit<T>(e)), p - t, p};
+  }));
+}
+
+// Rd [N, ld] from Rz and loss_forward's p (not read for mse), with zeros in columns that do not exist.
+template <class T>
+void loss_tangent(Loss loss, int64_t N, int64_t C, int64_t ld, const T* p, const T* Rz, const bool* mask, T* Rd) {
+  using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
+  const int64_t vectors = ld / L;
+  const Columns<T> has(C, mask);
+  const T mean =
+      static_cast<T>(1.0 / static_cast<double>(loss == Loss::kCrossEntropy ? N : N * (has.count ? has.count : 1)));
+  for (int64_t i = 0; i < N; ++i) {
+    const int64_t row = i * ld;
+    V dot{};
+    if (loss == Loss::kCrossEntropy) {
+      ShortSums<T> sum;
+      for (int64_t v = 0; v < vectors; ++v) {
+        sum.add(has(v) ? load<V>(p + row + v * L) * load<V>(Rz + row + v * L) : V{});
+      }
+      dot = sum.result();
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const V r = load<V>(Rz + row + v * L);
+      V value;
+      if (loss == Loss::kMse) {
+        value = T(2) * r;
+      } else {
+        const V q = load<V>(p + row + v * L);
+        value = loss == Loss::kBce ? q * (T(1) - q) * r : q * (r - dot);
+      }
+      store(Rd + row + v * L, has(v) ? mean * value : V{});
+    }
+  }
+}
+
+}  // namespace mtml::MTML_ISA

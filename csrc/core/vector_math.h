@@ -1,0 +1,234 @@
+// exp, tanh, sigmoid, softplus, log and the normal distribution on vectors: polynomials and a few selects, no calls. T
+// is float or double, V is Vector<T> (a rest of a loop is loaded as a vector too: see load_first), so that an element's
+// bits do not depend on its place. Errors are below 2 units in the last place (tests/test_vector_math.py has the
+// figures); results below the smallest normal number may be zero; NaN stays NaN.
+#pragma once
+
+#include "core/simd.h"
+
+namespace mtml::MTML_ISA {
+
+template <class T>
+constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+
+// a vector of integers as wide as T, as comparisons give it
+template <class T>
+using Integers = decltype(Vector<T>{} < Vector<T>{});
+
+template <class T>
+constexpr int kFractionBits = kIsFloat<T> ? 23 : 52;
+template <class T>
+constexpr int kExponentBias = kIsFloat<T> ? 127 : 1023;
+
+template <class To, class From>
+MTML_INLINE To bits_as(From from) {
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// value in every lane
+template <class T>
+MTML_INLINE Vector<T> all(T value) {
+  return Vector<T>{} + value;
+}
+
+// the first n < kLanes<T> elements, zeros behind them
+template <class T>
+MTML_INLINE Vector<T> load_first(const T* from, int64_t n) {
+  Vector<T> value{};
+  if (n == 1) {
+    value[0] = *from;
+    return value;
+  }
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  return load<Vector<T>>(lanes);
+}
+template <class T>
+MTML_INLINE void store_first(T* to, Vector<T> value, int64_t n) {
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int64_t i = 0; i < n; ++i) to[i] = lanes[i];
+}
+
+template <class T>
+MTML_INLINE Integers<T> sign_bit() {
+  return ~Integers<T>{} << (8 * sizeof(T) - 1);
+}
+template <class T, class V>
+MTML_INLINE V magnitude(V x) {
+  return bits_as<V>(bits_as<Integers<T>>(x) & ~sign_bit<T>());
+}
+// x >= 0 with the sign of another number
+template <class T, class V>
+MTML_INLINE V with_sign_of(V x, V sign) {
+  return bits_as<V>(bits_as<Integers<T>>(x) | (bits_as<Integers<T>>(sign) & sign_bit<T>()));
+}
+
+template <class T, class V>
+MTML_INLINE V sqrt_(V x) {
+  for (int64_t i = 0; i < kLanes<T>; ++i) {
+    if constexpr (kIsFloat<T>) {
+      x[i] = __builtin_sqrtf(x[i]);
+    } else {
+      x[i] = __builtin_sqrt(x[i]);
+    }
+  }
+  return x;
+}
+
+// coefficients from the highest power to the lowest
+template <class V, class T, class... Ts>
+MTML_INLINE V polynomial(V x, T highest, Ts... lower) {
+  V sum = V{} + highest;
+  ((sum = sum * x + lower), ...);
+  return sum;
+}
+
+// x = n log 2 + r, |r| <= log(2) / 2
+template <class T, class V>
+struct ReducedExponent {
+  V r;
+  Integers<T> n_shifted;  // n where the exponent of T lies
+};
+
+template <class T, class V>
+MTML_INLINE ReducedExponent<T, V> reduce_exponent(V x) {
+  // adding 1.5 * 2^kFractionBits rounds to an integer, which then stands in the lowest bits
+  constexpr T kRound = kIsFloat<T> ? T(12582912.0) : T(6755399441055744.0);
+  // the high part has trailing zeros: n times it is exact
+  constexpr T kLog2High = kIsFloat<T> ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T kLog2Low = kIsFloat<T> ? T(-2.12194440054690583e-4) : T(1.90821492927058770002e-10);
+  const V rounded = x * T(1.44269504088896340736) + kRound;
+  const V n = rounded - kRound;
+  return {x - n * kLog2High - n * kLog2Low, bits_as<Integers<T>>(rounded) << kFractionBits<T>};
+}
+
+// (e^r - 1) for |r| <= log(2) / 2
+template <class T, class V>
+MTML_INLINE V expm1_polynomial(V r) {
+  V q;
+  if constexpr (kIsFloat<T>) {
+    q = polynomial(r, 0.0001989108046f, 0.001393373072f, 0.008333310845f, 0.0416664642f, 0.1666666668f, 0.5f);
+  } else {
+    q = polynomial(r, 2.5100472505694996003e-8, 2.7620201591031548792e-7, 2.7557268276905696187e-6,
+                   0.000024801521057868205199, 0.00019841269863171556026, 0.0013888888917367080562,
+                   0.0083333333333300381973, 0.041666666666623820532, 0.1666666666666666746, 0.50000000000000010314);
+  }
+  return r + r * r * q;
+}
+
+// 2^n, for n of normal numbers
+template <class T>
+MTML_INLINE Vector<T> power_of_two(Integers<T> n_shifted) {
+  return bits_as<Vector<T>>(n_shifted + bits_as<Integers<T>>(all<T>(1)));
+}
+
+template <class T, class V>
+MTML_INLINE V exp_(V x) {
+  constexpr T kMax = kIsFloat<T> ? T(88.72283) : T(709.782712893384);     // log of the largest number
+  constexpr T kMin = kIsFloat<T> ? T(-87.33654) : T(-708.3964185322641);  // log of the smallest normal number
+  const auto [r, n_shifted] = reduce_exponent<T>(x);
+  // n goes to the exponent's bits by an integer addition: 2^128 times a value below 1 has no other way to be right
+  V value = bits_as<V>(bits_as<Integers<T>>(T(1) + expm1_polynomial<T>(r)) + n_shifted);
+  value = x < kMin ? V{} : value;
+  return x <= kMax ? value : x + all<T>(static_cast<T>(__builtin_inf()));  // infinity, or NaN
+}
+
+// e^x - 1 for x <= 0
+template <class T, class V>
+MTML_INLINE V expm1_of_negative(V x) {
+  constexpr T kMin = kIsFloat<T> ? T(-20) : T(-40);  // -1 below
+  const V clamped = x < kMin ? all<T>(kMin) : x;
+  const auto [r, n_shifted] = reduce_exponent<T>(clamped);
+  const V scale = power_of_two<T>(n_shifted);
+  return scale * expm1_polynomial<T>(r) + (scale - T(1));
+}
+
+template <class T, class V>
+MTML_INLINE V tanh_(V x) {
+  const V e = expm1_of_negative<T>(T(-2) * magnitude<T>(x));
+  return with_sign_of<T>(-e / (T(2) + e), x);
+}
+
+template <class T, class V>
+MTML_INLINE V sigmoid_(V x) {
+  return T(1) / (T(1) + exp_<T>(-x));
+}
+
+// 2 atanh(s), s^2 <= 1/9
+template <class T, class V>
+MTML_INLINE V twice_atanh(V s) {
+  const V w = s * s;
+  V q;
+  if constexpr (kIsFloat<T>) {
+    q = polynomial(w, 0.2322432922f, 0.217065758f, 0.2859235799f, 0.3999970633f, 0.6666666732f);
+  } else {
+    q = polynomial(w, 0.1563057780092285045, 0.07492143795550767301, 0.1084517839488001482, 0.1173427906130319746,
+                   0.1333517863144925584, 0.1538454396486054929, 0.1818181989796271438, 0.2222222219823677056,
+                   0.2857142857160009929, 0.3999999999999952251, 0.6666666666666666689);
+  }
+  return T(2) * s + s * (w * q);
+}
+
+// log(1 + u), 0 <= u <= 1
+template <class T, class V>
+MTML_INLINE V log1p_of_unit(V u) {
+  return twice_atanh<T>(u / (T(2) + u));
+}
+
+// log(1 + e^-|x|): what softplus and the loss of a logit add to their straight parts
+template <class T, class V>
+MTML_INLINE V log1p_exp_of_negative_magnitude(V x) {
+  return log1p_of_unit<T>(exp_<T>(-magnitude<T>(x)));
+}
+
+// log(x) for x >= 1: a sum of exponentials of which the largest is 1
+template <class T, class V>
+MTML_INLINE V log_from_one(V x) {
+  const auto bits = bits_as<Integers<T>>(x);
+  const auto one = bits_as<Integers<T>>(all<T>(1));
+  // an integer becomes a number by the bits of 2^kFractionBits, whose lowest bit counts one
+  constexpr T kOnes = kIsFloat<T> ? T(8388608.0) : T(4503599627370496.0);
+  const V exponent =
+      bits_as<V>((bits >> kFractionBits<T>) | bits_as<Integers<T>>(all<T>(kOnes))) - (kOnes + kExponentBias<T>);
+  const Integers<T> fraction_bits = ~(~Integers<T>{} << kFractionBits<T>);
+  const V fraction = bits_as<V>((bits & fraction_bits) | one);
+  const V value = exponent * T(0.69314718055994530942) + log1p_of_unit<T>(fraction - T(1));
+  return x < all<T>(static_cast<T>(__builtin_inf())) ? value : x;  // infinity, or NaN
+}
+
+// The normal distribution at y: its density and the probability below y, which is accurate in both tails.
+template <class V>
+struct Normal {
+  V density, below;
+};
+
+template <class T, class V>
+MTML_INLINE Normal<V> normal(V y) {
+  // the density is zero there already
+  constexpr T kFar = 40;
+  V a = magnitude<T>(y);
+  a = a > kFar ? all<T>(kFar) : a;
+  const V e = exp_<T>(T(-0.5) * a * a);
+  // P(below -a) = e^(-a^2 / 2) q(t) / (1 + a)
+  const V t = (a - T(4)) / (a + T(4));
+  V q;
+  if constexpr (kIsFloat<T>) {
+    q = polynomial(t, 0.0001005115658f, 0.0007474013189f, -0.0004014434646f, -0.005062420668f, 0.01795909906f,
+                   -0.0321833918f, 0.02859864451f, 0.01399857753f, -0.09670343643f, 0.4720532184f);
+  } else {
+    q = polynomial(
+        t, 1.9844072305621601128e-10, 4.3472023249815079799e-9, 1.1340649996126788863e-8, -1.8881377257031631912e-8,
+        -1.0111129755671242472e-7, 2.805559682695669574e-9, 5.4321008276125774395e-7, 4.0209663796175195376e-7,
+        -2.608039199565658248e-6, -3.4305539444945168236e-6, 0.000013625128702085319014, 0.000021249416709821007055,
+        -0.000087852781004236426405, -0.000094430109323005175961, 0.00069489704592339036656, -0.00028562311726743207614,
+        -0.0050023785859874211884, 0.017936097481063275596, -0.032197837428313234873, 0.028600364053505537956,
+        0.013999634724429483717, -0.096703477326525378503, 0.47205320650984466852);
+  }
+  const V tail = e * q / (T(1) + a);
+  return {e * T(0.39894228040143267794), y < V{} ? tail : T(1) - tail};
+}
+
+}  // namespace mtml::MTML_ISA
