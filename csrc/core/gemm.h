@@ -10,19 +10,13 @@
 
 #include <cstdint>
 
-#include "core/simd.h"
+#include "core/lanes.h"
 
 namespace mtml::MTML_ISA {
 
 // columns that a tile works on, and that lie together in a packed right operand
 template <class T>
 constexpr int64_t kPanel = 2 * kLanes<T>;
-
-// n rounded up to whole vectors
-template <class T>
-constexpr int64_t padded(int64_t n) {
-  return (n + kLanes<T> - 1) & -kLanes<T>;
-}
 
 // element (m, k) at data[m * row + k * col]
 template <class T>
@@ -69,21 +63,6 @@ struct Output {
   const Product<T>* products;
   int num_products;
 };
-
-template <int I>
-struct Index {
-  static constexpr int value = I;
-  constexpr operator int() const { return I; }
-};
-
-// f(Index<0>{}), ..., f(Index<N - 1>{}): GCC keeps an array in registers only where all its indices are constants
-template <int N, int I = 0, class F>
-MTML_INLINE void unroll(const F& f) {
-  if constexpr (I < N) {
-    f(Index<I>{});
-    unroll<N, I + 1>(f);
-  }
-}
 
 #if defined(__aarch64__)
 constexpr int kRegisters = 32;

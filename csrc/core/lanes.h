@@ -1,0 +1,118 @@
+// The lanes of vectors: how many a row takes, and how they change places.
+#pragma once
+
+#include <cstdint>
+
+#include "core/simd.h"
+
+namespace mtml::MTML_ISA {
+
+// n rounded up to whole vectors
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) & -kLanes<T>;
+}
+
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+
+// f(Index<0>{}), ..., f(Index<N - 1>{}): GCC keeps an array in registers only where all its indices are constants
+template <int N, int I = 0, class F>
+MTML_INLINE void unroll(const F& f) {
+  if constexpr (I < N) {
+    f(Index<I>{});
+    unroll<N, I + 1>(f);
+  }
+}
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct FirstIndices : FirstIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct FirstIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// lane l of the result is lane From::at(l) of a and b, one after the other
+template <class From, class V, int... I>
+MTML_INLINE V shuffle(V a, V b, Indices<I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, From::at(I)...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){From::at(I)...});
+#endif
+}
+template <class T, class From>
+MTML_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b) {
+  return shuffle<From>(a, b, typename FirstIndices<kLanes<T>>::type{});
+}
+
+// Shuffles within 128 bits take one cycle, others three: the first steps of a transposition stay within.
+template <class T>
+constexpr int kQuarter = 16 / sizeof(T);
+
+// pieces of `Size` lanes, alternately from a and b: the low, or high, halves of each 128 bits
+template <class T, int Size, bool High>
+struct Interleave {
+  static constexpr int at(int lane) {
+    const int quarter = lane / kQuarter<T> * kQuarter<T>, piece = lane % kQuarter<T> / Size;
+    return piece % 2 * static_cast<int>(kLanes<T>) + quarter + (High ? kQuarter<T> / 2 : 0) + piece / 2 * Size +
+           lane % Size;
+  }
+};
+
+// the lanes whose number has the bit Step change places between a and b
+template <class T, int Step, bool Second>
+struct Exchange {
+  static constexpr int at(int lane) {
+    const int lanes = static_cast<int>(kLanes<T>);
+    if constexpr (Second) {
+      return lane & Step ? lanes + lane : lane + Step;
+    } else {
+      return lane & Step ? lanes + lane - Step : lane;
+    }
+  }
+};
+
+template <class T, int Step>
+MTML_INLINE void exchange(Vector<T>* rows) {
+  unroll<kLanes<T>>([&](auto r) {
+    if constexpr ((r & Step) == 0) {
+      const Vector<T> first = shuffle<T, Exchange<T, Step, false>>(rows[r], rows[r + Step]);
+      rows[r + Step] = shuffle<T, Exchange<T, Step, true>>(rows[r], rows[r + Step]);
+      rows[r] = first;
+    }
+  });
+}
+
+// rows[r] lane l = rows[l] lane r before
+template <class T>
+MTML_INLINE void transpose_lanes(Vector<T>* rows) {
+  constexpr int L = kLanes<T>, Q = kQuarter<T>;
+  // Q x Q within each 128 bits
+  unroll<L / Q>([&](auto group) {
+    Vector<T>* r = rows + group * Q;
+    if constexpr (Q == 4) {
+      const Vector<T> low01 = shuffle<T, Interleave<T, 1, false>>(r[0], r[1]);
+      const Vector<T> high01 = shuffle<T, Interleave<T, 1, true>>(r[0], r[1]);
+      const Vector<T> low23 = shuffle<T, Interleave<T, 1, false>>(r[2], r[3]);
+      const Vector<T> high23 = shuffle<T, Interleave<T, 1, true>>(r[2], r[3]);
+      r[0] = shuffle<T, Interleave<T, 2, false>>(low01, low23);
+      r[1] = shuffle<T, Interleave<T, 2, true>>(low01, low23);
+      r[2] = shuffle<T, Interleave<T, 2, false>>(high01, high23);
+      r[3] = shuffle<T, Interleave<T, 2, true>>(high01, high23);
+    } else {
+      const Vector<T> low = shuffle<T, Interleave<T, 1, false>>(r[0], r[1]);
+      r[1] = shuffle<T, Interleave<T, 1, true>>(r[0], r[1]);
+      r[0] = low;
+    }
+  });
+  // then the 128 bits as wholes
+  if constexpr (L >= 2 * Q) exchange<T, Q>(rows);
+  if constexpr (L >= 4 * Q) exchange<T, 2 * Q>(rows);
+}
+
+}  // namespace mtml::MTML_ISA
