@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/gemm.h"
+#include "core/transpose.h"
 
 namespace mtml::MTML_ISA {
 
@@ -21,16 +22,46 @@ int64_t packed_size(int64_t K, int64_t N) {
   return (N + kPanel<T> - 1) / kPanel<T> * kPanel<T> * K;
 }
 
+// `columns` <= kPanel columns of rows [0, rows) of src to a panel, with zeros beyond them. Reads rows x columns
+// elements.
+template <class T>
+MTML_INLINE void copy_to_panel(int64_t rows, int64_t columns, const T* src, int64_t ld, T* panel) {
+  constexpr int64_t L = kLanes<T>, P = kPanel<T>;
+  if (columns == P) {
+    for (int64_t k = 0; k < rows; ++k, src += ld, panel += P) {
+      const Vector<T> low = load<Vector<T>>(src), high = load<Vector<T>>(src + L);
+      store(panel, low);
+      store(panel + L, high);
+    }
+    return;
+  }
+  for (int64_t k = 0; k < rows; ++k, src += ld, panel += P) {
+    store(panel, columns >= L ? load<Vector<T>>(src) : Vector<T>{});
+    store(panel + L, Vector<T>{});
+    for (int64_t n = columns >= L ? L : 0; n < columns; ++n) panel[n] = src[n];
+  }
+}
+
 // panels [panel_begin, panel_end) of the right operand with element (k, n) at src[k * row + n * col]; zeros beyond N
 template <class T>
 void pack(int64_t K, int64_t N, const T* src, int64_t row, int64_t col, T* dst, int64_t panel_begin,
           int64_t panel_end) {
+  constexpr int64_t P = kPanel<T>;
   for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t first = panel * kPanel<T>, columns = N - first < kPanel<T> ? N - first : kPanel<T>;
-    T* to = dst + panel * K * kPanel<T>;
-    for (int64_t k = 0; k < K; ++k, to += kPanel<T>) {
-      for (int64_t n = 0; n < columns; ++n) to[n] = src[k * row + (first + n) * col];
-      for (int64_t n = columns; n < kPanel<T>; ++n) to[n] = 0;
+    const int64_t columns = N - panel * P < P ? N - panel * P : P;
+    const T* from = src + panel * P * col;
+    T* to = dst + panel * K * P;
+    if (col == 1) {
+      copy_to_panel(K, columns, from, row, to);
+    } else if (row == 1) {
+      transpose(columns, K, from, col, T{1}, to, P);
+      for (int64_t n = padded<T>(columns); n < P; ++n) {
+        for (int64_t k = 0; k < K; ++k) to[k * P + n] = 0;
+      }
+    } else {
+      for (int64_t k = 0; k < K; ++k) {
+        for (int64_t n = 0; n < P; ++n) to[k * P + n] = n < columns ? from[k * row + n * col] : 0;
+      }
     }
   }
 }
@@ -64,100 +95,122 @@ struct Segment {
   T scale;
 };
 
-// rows of C that share one copy of d
-constexpr int64_t kOuterRows = 256;
-// d is copied in strips that are several tiles high: whole vectors, and the tiles of a strip find it in the first cache
+// Rows of C that share one copy of d. It lies in strips that are several tiles high: whole vectors, and the first tile
+// of a strip brings it into the first cache for the others.
 template <class T>
 constexpr int64_t kStrip = 4 * tile_rows(2);
+template <class T>
+constexpr int64_t kOuterRows = 256 / kStrip<T> * kStrip<T>;
+// panels of h that are copied together: their rows are that much longer to read
+constexpr int64_t kOuterPanels = 4;
 
 // elements of outer_sum's scratch
 template <class T>
 constexpr int64_t outer_scratch() {
-  return kBlockTerms * ((kOuterRows + kStrip<T> - 1) / kStrip<T> * kStrip<T> + kPanel<T>);
+  return kBlockTerms * (kOuterRows<T> + kOuterPanels * kPanel<T>);
 }
 
-// A row of the segments, counted over all of them.
+// The next `terms` rows of the segments, which may begin and end within a segment.
 template <class T>
-struct SegmentRow {
+struct Rows {
   const Segment<T>* segment;
   int64_t row;
 
-  MTML_INLINE void skip_empty(const Segment<T>* end) {
-    while (segment < end && row >= segment->rows) {
-      ++segment;
-      row = 0;
+  // f(segment, its first row, how many, the number of terms before)
+  template <class F>
+  MTML_INLINE Rows for_each_run(int64_t terms, F f) const {
+    Rows at = *this;
+    for (int64_t before = 0; before < terms;) {
+      const int64_t left = at.segment->rows - at.row, run = left < terms - before ? left : terms - before;
+      f(*at.segment, at.row, run, before);
+      before += run;
+      at = run == left ? Rows{at.segment + 1, 0} : Rows{at.segment, at.row + run};
     }
+    return at;
   }
 };
+
+// scale * d [terms, rows] to strips [rows / kStrip, kBlockTerms, kStrip]
+template <class T>
+void copy_to_strips(const Rows<T>& from, int64_t terms, int64_t first, int64_t rows, T* strips) {
+  constexpr int64_t strip = kStrip<T>;
+  from.for_each_run(terms, [&](const Segment<T>& segment, int64_t row, int64_t run, int64_t before) {
+    const T* d = segment.d + row * segment.ldd + first;
+    T* to = strips + before * strip;
+    for (int64_t r = 0; r < run; ++r, d += segment.ldd, to += strip) {
+      for (int64_t o = 0; o < rows; o += strip) {
+        const int64_t height = rows - o < strip ? rows - o : strip;
+        for_each<T>(height, [&](int64_t i, auto lane) {
+          store(to + o * kBlockTerms + i, segment.scale * load<decltype(lane)>(d + o + i));
+        });
+      }
+    }
+  });
+}
+
+// h [terms, columns] to panels [columns / kPanel, kBlockTerms, kPanel]
+template <class T>
+void copy_to_panels(const Rows<T>& from, int64_t terms, int64_t first, int64_t columns, T* panels) {
+  constexpr int64_t P = kPanel<T>;
+  from.for_each_run(terms, [&](const Segment<T>& segment, int64_t row, int64_t run, int64_t before) {
+    for (int64_t i = 0; i < columns; i += P) {
+      const T* h = segment.h + row * segment.ldh + first + i;
+      copy_to_panel(run, columns - i < P ? columns - i : P, h, segment.ldh, panels + i * kBlockTerms + before * P);
+    }
+  });
+}
+
+// C [rows, columns] = start + a b for columns <= kPanel, of which C has room for no more
+template <class T>
+void product_exact(int64_t rows, int64_t columns, T* c, int64_t ldc, Start start, const Product<T>& product_of_panel) {
+  constexpr int64_t P = kPanel<T>;
+  const T* no_row = nullptr;
+  if (columns % kLanes<T> == 0) return product(rows, columns, c, ldc, start, no_row, product_of_panel);
+  T edge[kStrip<T> * P];
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < P; ++n) edge[m * P + n] = start == kAdd && n < columns ? c[m * ldc + n] : 0;
+  }
+  product(rows, columns, edge, P, start, no_row, product_of_panel);
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) c[m * ldc + n] = edge[m * P + n];
+  }
+}
 
 // C[o, i] (+)= sum_s sum_r scale_s d_s[r, o] h_s[r, i] for i_begin <= i < i_end, i_begin a multiple of kPanel. Writes
 // exactly O rows of those columns.
 template <class T>
 void outer_sum(const Segment<T>* segments, int64_t count, int64_t O, int64_t I, T* c, int64_t ldc, bool add,
                int64_t i_begin, int64_t i_end, T* scratch) {
-  constexpr int64_t P = kPanel<T>, strip = kStrip<T>;
+  constexpr int64_t P = kPanel<T>, strip = kStrip<T>, width = kOuterPanels * P;
   if (i_end > I) i_end = I;
-  const Segment<T>* end = segments + count;
-  T* panel = scratch;
-  T* strips = scratch + kBlockTerms * P;
+  int64_t left = 0;
+  for (int64_t s = 0; s < count; ++s) left += segments[s].rows;
+  T* strips = scratch;
+  T* panels = scratch + kBlockTerms * kOuterRows<T>;
 
-  SegmentRow<T> at = {segments, 0};
-  at.skip_empty(end);
-  bool more = add;
+  Rows<T> from = {segments, 0};
+  Start start = add ? kAdd : kZero;
   do {
-    SegmentRow<T> next = at;
-    int64_t terms = 0;
-    for (int64_t first = 0; first < O; first += kOuterRows) {
-      const int64_t rows = O - first < kOuterRows ? O - first : kOuterRows;
-
-      // d of the block, [rows / strip, terms, strip]
-      next = at;
-      for (terms = 0; terms < kBlockTerms && next.segment < end; ++terms) {
-        const Segment<T>& segment = *next.segment;
-        const T* d = segment.d + next.row * segment.ldd + first;
-        for (int64_t o = 0; o < rows; ++o) {
-          strips[(o / strip * kBlockTerms + terms) * strip + o % strip] = segment.scale * d[o];
-        }
-        ++next.row;
-        next.skip_empty(end);
-      }
-
-      for (int64_t i = i_begin; i < i_end; i += P) {
-        const int64_t columns = i_end - i < P ? i_end - i : P;
-        SegmentRow<T> from = at;
-        for (int64_t k = 0; k < terms; ++k) {
-          const T* h = from.segment->h + from.row * from.segment->ldh + i;
-          for (int64_t n = 0; n < columns; ++n) panel[k * P + n] = h[n];
-          for (int64_t n = columns; n < P; ++n) panel[k * P + n] = 0;
-          ++from.row;
-          from.skip_empty(end);
-        }
-        for (int64_t o = 0; o < rows; o += strip) {
-          const int64_t height = rows - o < strip ? rows - o : strip;
-          T* to = c + (first + o) * ldc + i;
-          const Product<T> one = {{strips + o * kBlockTerms, 1, strip}, {panel, P, P}, terms};
-          const Start start = more ? kAdd : kZero;
-          if (columns % kLanes<T> == 0) {
-            product(height, columns, to, ldc, start, static_cast<const T*>(nullptr), one);
-            continue;
-          }
-          // c has no room for whole vectors
-          T edge[strip * P];
-          if (more) {
-            for (int64_t m = 0; m < height; ++m) {
-              for (int64_t n = 0; n < P; ++n) edge[m * P + n] = n < columns ? to[m * ldc + n] : 0;
-            }
-          }
-          product(height, columns, edge, P, start, static_cast<const T*>(nullptr), one);
-          for (int64_t m = 0; m < height; ++m) {
-            for (int64_t n = 0; n < columns; ++n) to[m * ldc + n] = edge[m * P + n];
+    const int64_t terms = left < kBlockTerms ? left : kBlockTerms;
+    for (int64_t first = 0; first < O; first += kOuterRows<T>) {
+      const int64_t rows = O - first < kOuterRows<T> ? O - first : kOuterRows<T>;
+      copy_to_strips(from, terms, first, rows, strips);
+      for (int64_t i = i_begin; i < i_end; i += width) {
+        const int64_t columns = i_end - i < width ? i_end - i : width;
+        copy_to_panels(from, terms, i, columns, panels);
+        for (int64_t j = 0; j < columns; j += P) {
+          for (int64_t o = 0; o < rows; o += strip) {
+            const Product<T> p = {{strips + o * kBlockTerms, 1, strip}, {panels + j * kBlockTerms, P, P}, terms};
+            product_exact(rows - o < strip ? rows - o : strip, columns - j < P ? columns - j : P,
+                          c + (first + o) * ldc + i + j, ldc, start, p);
           }
         }
       }
     }
-    at = next;
-    more = true;
-  } while (at.segment < end && O > 0);
+    from = from.for_each_run(terms, [](auto&&...) {});
+    left -= terms;
+    start = kAdd;
+  } while (left > 0);
 }
 
 }  // namespace mtml::MTML_ISA
