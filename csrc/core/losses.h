@@ -73,7 +73,7 @@ MTML_INLINE Vector<T> max_of_lanes(Vector<T> x) {
   return reduce_lanes<T>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 template <class T>
-MTML_INLINE Vector<T> sum_of_lanes(Vector<T> x) {
+MTML_INLINE Vector<T> row_sum(Vector<T> x) {
   return reduce_lanes<T>(x, [](auto a, auto b) { return a + b; });
 }
 
@@ -89,7 +89,7 @@ struct ShortSums {
       part = Vector<T>{};
     }
   }
-  MTML_INLINE Vector<T> result() const { return sum_of_lanes<T>(total + part); }
+  MTML_INLINE Vector<T> result() const { return row_sum<T>(total + part); }
 };
 
 template <class T>
@@ -177,12 +177,12 @@ MTML_INLINE double output_loss_forward(int64_t N, int64_t C, int64_t ld, const T
       if (p) store(p + at, has(v) ? output.p : V{});
       if (d) store(d + at, has(v) ? mean * output.derivative : V{});
       if (++terms % kShortSum == 0) {
-        loss += sum_of_lanes<T>(part)[0];
+        loss += row_sum<T>(part)[0];
         part = V{};
       }
     }
   }
-  return (loss + sum_of_lanes<T>(part)[0]) / outputs;
+  return (loss + row_sum<T>(part)[0]) / outputs;
 }
 
 // The task's loss; d = dL/dz [N, ld] and p [N, ld] are written unless null, with zeros in columns that do not exist.
