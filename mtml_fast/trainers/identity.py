@@ -12,6 +12,10 @@ __all__ = ["differences", "identity"]
 
 # how torch computes a step, which may change between machines, not what it computes
 _IMPLEMENTATION = ("params", "fused", "foreach", "capturable")
+# what a scheduler's step moves, and the rates, which the groups name as well; names with an underscore are its own
+# affair, but for those of the schedules inside it
+_MOVED = ("last_epoch", "T_cur", "T_i", "verbose", "base_lrs")
+_INNER = ("_schedulers", "_milestones")
 
 
 def identity(algorithm: nn.Module, tasks: Any, optimizer: Optimizer, scheduler: Any, **settings: Any) -> dict:
@@ -35,6 +39,7 @@ def identity(algorithm: nn.Module, tasks: Any, optimizer: Optimizer, scheduler: 
         **settings,
         "optimizer": type(optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "scheduler setting": {} if scheduler is None else _schedule(scheduler),
         **{f"optimizer group {i}": _hyperparameters(group) for i, group in enumerate(optimizer.param_groups)},
     }
 
@@ -52,7 +57,10 @@ def differences(saved: dict, here: dict) -> list[str]:
 
 
 def _described(module: nn.Module) -> str:
-    text = " ".join(f"{type(module).__name__}({module.extra_repr()})".split())
+    return _without_addresses(" ".join(f"{type(module).__name__}({module.extra_repr()})".split()))
+
+
+def _without_addresses(text: str) -> str:
     # the address of a function is another one in every process
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
@@ -65,6 +73,22 @@ def _hyperparameters(group: dict) -> dict[str, str]:
     # a scheduler moves lr, and keeps where it began
     began = {**group, "lr": group.get("initial_lr", group.get("lr"))}
     return {name: repr(value) for name, value in began.items() if name not in _IMPLEMENTATION and name != "initial_lr"}
+
+
+def _schedule(scheduler: Any) -> dict[str, str]:
+    # only torch's own schedulers: which entries of another one's state it moves is not known
+    if type(scheduler).__module__ != "torch.optim.lr_scheduler":
+        return {}
+    return {name: _without_addresses(str(value)) for name, value in _unmoved(scheduler.state_dict()).items()}
+
+
+def _unmoved(state: dict) -> dict:
+    names = [name for name in state if name in _INNER or (not name.startswith("_") and name not in _MOVED)]
+    # a Counter by its values
+    kept = {name: dict(state[name]) if isinstance(state[name], dict) else state[name] for name in names}
+    if "_schedulers" in kept:
+        kept["_schedulers"] = [_unmoved(inner) for inner in kept["_schedulers"]]
+    return kept
 
 
 def _absent(value: Any) -> str:

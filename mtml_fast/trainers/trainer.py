@@ -67,11 +67,13 @@ class Trainer:
         resume: "auto" goes on from the folder's checkpoint if there is one; True insists on one, False on none.
 
     Attributes:
-        step: meta-steps done.  history: list of rows.  best: `{"step", "value", "weights"}` or None.
+        step: meta-steps done.  seconds: the time that they took.  history: list of rows.
+        best: `{"step", "value", "weights"}` or None.
 
     Raises:
         ValueError, TypeError: naming the argument; a checkpoint of another run is refused naming what differs (data,
-            outer loop, and what the modules' `extra_repr` shows: an algorithm of your own should show its settings).
+            outer loop, validation, and what the modules' `extra_repr` shows: an algorithm of your own should show its
+            settings).
         FloatingPointError: the loss is not finite; names the step. Weights and the last checkpoint are as before it.
         OSError: naming the file that cannot be written; BlockingIOError where another trainer is using the folder.
 
@@ -154,13 +156,14 @@ class Trainer:
             meta_batch=meta_batch,
             meta_lr=None if isinstance(optimizer, torch.optim.Optimizer) else meta_lr,
             clip_grad=clip_grad,
+            **_described_validation(validation, validation_tasks, validation_steps),
         )
 
         self.step = 0
         self.history: list[dict] = []
         self.best: dict | None = None
         self._without_better = 0
-        self._seconds = 0.0
+        self.seconds = 0.0
         # the run has its own stream of torch's random numbers: what is drawn elsewhere does not change it
         self._random = random_state(self._device)
         # losses and accuracies since the last row of history, left on their device until a row reads them
@@ -235,8 +238,8 @@ class Trainer:
                 self._evaluate_validation(2)
             self._save()
         progress = Progress(self.step, steps, self.progress)
-        start = time.perf_counter() - self._seconds
-        row_step, row_time, deadline = self.step, start + self._seconds, start + self._seconds + seconds
+        start = time.perf_counter() - self.seconds
+        row_step, row_time, deadline = self.step, start + self.seconds, start + self.seconds + seconds
         now = row_time
         try:
             while self.step < steps and now < deadline and not interrupts.received and not self.stopped_early:
@@ -245,7 +248,7 @@ class Trainer:
                 if self.validation is not None and self.step % self.validate_every == 0:
                     validated = self._validate()
                 now = time.perf_counter()
-                self._seconds = now - start
+                self.seconds = now - start
                 if validated is not None or self.step % self.log_every == 0 or self.step == steps:
                     rate = (self.step - row_step) * self.meta_batch / (now - row_time)
                     self._add_row(validated, rate)
@@ -321,7 +324,7 @@ class Trainer:
                 "train_accuracy": torch.stack(accuracies).mean().item() if accuracies else None,
                 "validation": validated,
                 "tasks_per_second": round(rate, 1),
-                "seconds": round(self._seconds, 3),
+                "seconds": round(self.seconds, 3),
             }
         )
         self._losses, self._accuracies = [], []
@@ -339,8 +342,8 @@ class Trainer:
             parts.append(f"accuracy {accuracy:.3f}")
         if self.best is not None:
             parts.append(f"best validation {self.best['value']:.4f}")
-        if self._seconds > 0:
-            parts.append(f"{self.step * self.meta_batch / self._seconds:,.0f} tasks/s")
+        if self.seconds > 0:
+            parts.append(f"{self.step * self.meta_batch / self.seconds:,.0f} tasks/s")
         return "  ".join(parts)
 
     def _require_finite(self, loss: float, step: int) -> None:
@@ -353,7 +356,7 @@ class Trainer:
     def _state(self) -> dict:
         return {
             "step": self.step,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
             "algorithm": self.algorithm.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -425,6 +428,17 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"its optimizer or scheduler does not fit: {error!r}") from None
         self.algorithm.load_state_dict(state["algorithm"])
-        self.step, self._seconds, self._random = state["step"], state["seconds"], state["random"]
+        self.step, self.seconds, self._random = state["step"], state["seconds"], state["random"]
         self.monitor, self.best, self._without_better = state["monitor"], state["best"], state["without_better"]
         self.history, self._losses, self._accuracies = state["history"], state["losses"], state["accuracies"]
+
+
+def _described_validation(tasks: Any, num_tasks: int, steps: int | None) -> dict:
+    """What the best value was measured on: another would not compare with it."""
+    if tasks is None:
+        return {"validation": None}
+    return {
+        "validation": str(getattr(tasks, "fingerprint", type(tasks).__name__)),
+        "validation_tasks": num_tasks,
+        "validation_steps": steps,
+    }

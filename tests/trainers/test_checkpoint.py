@@ -12,7 +12,7 @@ from torch import nn
 import mtml_fast as mf
 from mtml_fast.files import load_tensors, save_tensors
 from mtml_fast.trainers.checkpoint import Checkpoints, load_best, pack, unpack
-from mtml_fast.trainers.identity import differences
+from mtml_fast.trainers.identity import differences, identity
 from mtml_fast.trainers.trainer import Trainer
 
 from .runs import Lines, Pooled, make
@@ -127,6 +127,13 @@ def test_no_whole_checkpoint_is_one_clear_line(tmp_path):
         ({"meta_batch": 4}, "holds another run: meta_batch was 3, is 4"),
         ({"meta_lr": 0.02}, r"holds another run: meta_lr was 0\.01, is 0\.02"),
         ({"scheduler": None}, "scheduler was CosineAnnealingLR, is absent"),
+        (
+            {"scheduler": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 400)},
+            "another run: scheduler setting T_max was 500, is 400$",
+        ),
+        ({"validation": Lines(seed=2)}, "another run: validation was lines seed=1, is lines seed=2$"),
+        ({"validation_tasks": 6}, "another run: validation_tasks was 5, is 6$"),
+        ({"validation_steps": 2}, "another run: validation_steps was absent, is 2$"),
         ({"clip_grad": None}, r"clip_grad was 1\.0, is absent"),
         ({"optimizer": lambda p, lr: torch.optim.SGD(p, lr)}, "optimizer was Adam, is SGD"),
     ],
@@ -202,6 +209,34 @@ def test_another_inner_loop_is_another_run(tmp_path, changes):
     with pytest.raises(ValueError, match=f"algorithm was MAML.*, is MAML.*{name}={value}"):
         trainer(**changes)
     assert trainer().step == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "other"),
+    [
+        (lambda o, n: torch.optim.lr_scheduler.StepLR(o, n), "step_size was 3, is 4"),
+        (lambda o, n: torch.optim.lr_scheduler.MultiStepLR(o, [n, 9]), r"milestones was \{3: 1, 9: 1\}, is \{4: 1"),
+        (lambda o, n: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, n), "T_0 was 3, is 4"),
+        (lambda o, n: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, 10 * n), "total_steps was 30, is 40"),
+        (
+            lambda o, n: torch.optim.lr_scheduler.SequentialLR(
+                o,
+                [torch.optim.lr_scheduler.LinearLR(o, 0.1), torch.optim.lr_scheduler.CosineAnnealingLR(o, n)],
+                milestones=[2],
+            ),
+            "_schedulers was .*'T_max': 3",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+def test_a_schedule_is_known_by_its_settings_however_far_it_is(tmp_path, schedule, other):
+    first = make(tmp_path / "a", scheduler=lambda o: schedule(o, 3)).fit(7)
+    assert make(tmp_path / "a", scheduler=lambda o: schedule(o, 3)).step == 7
+    with pytest.raises(ValueError, match=f"another run: .*{other}"):
+        make(tmp_path / "a", scheduler=lambda o: schedule(o, 4))
+    # what has moved describes itself as what has not
+    moved = identity(first.algorithm, first.tasks, first.optimizer, first.scheduler)
+    assert moved["scheduler setting"] == first._run["scheduler setting"]
 
 
 def test_a_rate_that_has_been_learned_and_a_schedule_do_not_make_another_run(tmp_path):
