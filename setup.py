@@ -31,7 +31,7 @@ FLAGS = shlex.split(
 
 def library(name: str, folder: str) -> Extension:
     """A native library: its own folder of csrc, and the core."""
-    patterns = (f"csrc/{folder}/*.cpp", "csrc/isa/*.cpp", "csrc/build_info.cpp")
+    patterns = (f"csrc/{folder}/*.cpp", "csrc/isa/*.cpp", "csrc/*.cpp")
     sources = sorted(str(f.relative_to(ROOT)) for pattern in patterns for f in ROOT.glob(pattern))
     # `depends` puts the headers into source distributions; ninja finds out by itself who includes them
     return Extension(name, sources, depends=sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.h")))

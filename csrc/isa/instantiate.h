@@ -1,4 +1,5 @@
 // The whole core, compiled for the set that the including file names by MTML_ISA and MTML_VECTOR_BYTES.
+#include "core/mlp_adapt.h"
 #include "core/sgd_step.h"
 
 #define MTML_STRING_(text) #text
@@ -10,6 +11,8 @@ const Kernels kernels = {
     MTML_STRING(MTML_ISA),
     {sgd_step<float>, sgd_step_backward<float>, sgd_step_shared_rate_backward<float>},
     {sgd_step<double>, sgd_step_backward<double>, sgd_step_shared_rate_backward<double>},
+    kMlpAdapt<float>,
+    kMlpAdapt<double>,
 };
 
 }  // namespace mtml::MTML_ISA

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/mlp_adapt_plan.h"
 #include "core/sgd_step_args.h"
 
 namespace mtml {
@@ -12,6 +13,8 @@ struct Kernels {
   const char* isa;
   SgdStep<float> sgd_step_f32;
   SgdStep<double> sgd_step_f64;
+  MlpAdapt<float> mlp_adapt_f32;
+  MlpAdapt<double> mlp_adapt_f64;
 
   template <class T>
   const SgdStep<T>& sgd_step() const {
@@ -19,6 +22,14 @@ struct Kernels {
       return sgd_step_f32;
     } else {
       return sgd_step_f64;
+    }
+  }
+  template <class T>
+  const MlpAdapt<T>& mlp_adapt() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return mlp_adapt_f32;
+    } else {
+      return mlp_adapt_f64;
     }
   }
 };

@@ -1,0 +1,105 @@
+// What mlp_adapt does for all tasks at once: copies of the shared weights, the first layer's product, and the sums over
+// the tasks that are the shared parameters' gradients.
+#pragma once
+
+#include "core/mlp_vectors.h"
+#include "core/packed.h"
+
+namespace mtml::MTML_ISA {
+
+template <class T>
+void mlp_prepare(const MlpCall<T>& c) {
+  const MlpPlan& plan = *c.plan;
+  if (!plan.theta_per_task) gather_theta(c, 0, c.shared + plan.theta_0);
+  for (int64_t l = 0; l < plan.num_layers; ++l) {
+    const MlpLayer& L = plan.layers[l];
+    const T* weight = c.arguments->params[L.weight].start;
+    if (L.form == Form::kDense) {
+      if (!plan.theta_per_task) transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
+      continue;
+    }
+    // panels of W^T [in, out] and of W [out, in]
+    auto panels = [](int64_t n) { return (n + kPanel<T> - 1) / kPanel<T>; };
+    if (L.packed_in != kAbsent) pack<T>(L.in, L.out, weight, 1, L.in, c.shared + L.packed_in, 0, panels(L.out));
+    if (L.packed_out != kAbsent) pack<T>(L.out, L.in, weight, L.in, 1, c.shared + L.packed_out, 0, panels(L.in));
+  }
+}
+
+template <class T>
+void mlp_first_products(const MlpCall<T>& c, int64_t begin, int64_t end) {
+  const MlpArguments<T>& a = *c.arguments;
+  const MlpLayer& L = c.plan->layers[0];
+  const int64_t support_rows = a.support.offsets[a.options.tasks];
+  auto rows = [&](int64_t first, int64_t last, const T* x, T* to) {
+    if (first >= last) return;
+    packed_product<T>(last - first, L.out, L.in, x + first * L.in, L.in, c.shared + L.packed_in, nullptr,
+                      to + first * L.ld_out, L.ld_out);
+  };
+  rows(begin, end < support_rows ? end : support_rows, a.support.x, c.first_support);
+  rows(begin > support_rows ? begin - support_rows : 0, end - support_rows, a.query.x, c.first_query);
+}
+
+template <class T>
+void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t last, const T* state, const T* kept,
+                         int64_t begin, int64_t end, T* scratch) {
+  const MlpArguments<T>& a = *c.arguments;
+  const MlpPlan& plan = *c.plan;
+  const MlpLayer& L = plan.layers[l];
+  // as many segments as go into one call: the sums over the tasks go on where they stopped
+  constexpr int64_t kSegments = 64;
+  Segment<T> segments[kSegments];
+  int64_t count = 0;
+  bool add = first > 0;
+  const int64_t i_begin = begin * kPanel<T>, i_end = end * kPanel<T> < L.in ? end * kPanel<T> : L.in;
+  auto flush = [&](bool always) {
+    if (count == 0 && !always) return;
+    outer_sum<T>(segments, count, L.out, L.in, a.params[L.weight].gradient, L.in, add, i_begin, i_end, scratch);
+    add = true;
+    count = 0;
+  };
+  auto push = [&](int64_t rows, const T* d, const T* h, int64_t ld_h) {
+    if (rows == 0) return;
+    if (count == kSegments) flush(false);
+    segments[count++] = {rows, d, L.ld_out, h, ld_h, T(1)};
+  };
+  for (int64_t t = first; t < last; ++t) {
+    const T *own = state + (t - first) * plan.state_size, *own_kept = kept + (t - first) * plan.kept_size;
+    const int64_t n = a.support.offsets[t + 1] - a.support.offsets[t];
+    const int64_t q = a.query.offsets[t + 1] - a.query.offsets[t];
+    if (L.form == Form::kGram) {
+      push(q, own_kept + L.q_sum, a.query.x + a.query.offsets[t] * L.in, L.in);
+      push(n, own_kept + L.row_sum, a.support.x + a.support.offsets[t] * L.in, L.in);
+      continue;
+    }
+    push(plan.evaluations * q, own_kept + L.qd, own + L.hq, L.ld_in);
+    if (a.options.first_order) continue;
+    push(plan.steps * n, own_kept + L.rd, own + L.h, L.ld_in);
+    push(plan.steps * n, own + L.d, own_kept + L.rh, L.ld_in);
+  }
+  flush(!add);
+}
+
+// Gram form with a dense query side: what the support rows add to the task's own cotangent of the weight
+template <class T>
+void finish_weight_u(const MlpCall<T>& c, const Task<T>& task) {
+  const MlpLayer& L = c.plan->layers[0];
+  product<T>(L.out, L.in, task.kept + L.weight_u, L.ld_in, kAdd, nullptr,
+             {{task.kept + L.row_sum, 1, L.ld_out}, {task.x, task.ld_x, kPanel<T>}, task.n});
+}
+
+template <class T>
+void mlp_sum_tasks(const T* vectors, int64_t stride, int64_t tasks, int64_t begin, int64_t end, T* total) {
+  for_each<T>(end - begin, [&](int64_t i, auto lane) {
+    using V = decltype(lane);
+    V sum = load<V>(total + begin + i);
+    for (int64_t first = 0; first < tasks; first += kShortSum) {
+      const int64_t last = first + kShortSum < tasks ? first + kShortSum : tasks;
+      V part{};
+      for (int64_t t = first; t < last; ++t) part += load<V>(vectors + t * stride + begin + i);
+      sum += part;
+    }
+    store(total + begin + i, sum);
+  });
+}
+
+}  // namespace mtml::MTML_ISA

@@ -1,0 +1,37 @@
+// mlp_adapt for both doors, torch (cpu/) and NumPy (numpy/): the order of its sweeps over the core of the instruction
+// set in use. Torch-free; the doors bring arrays that are checked and contiguous, memory, and threads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "core/mlp_adapt_args.h"
+
+namespace mtml {
+
+// parallel(n, grain, f) calls f(begin, end) over disjoint ranges that cover 0..n, at least `grain` long where possible
+using Parallel = void (*)(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
+
+// elements of T that mlp_adapt_forward leaves for mlp_adapt_backward
+template <class T>
+int64_t mlp_adapt_state_size(const MlpArguments<T>& arguments);
+
+// outputs, losses, fast; `state` may be null where no backward sweep follows, or where it will recompute
+template <class T>
+void mlp_adapt_forward(const MlpArguments<T>& arguments, T* state, Parallel parallel);
+
+// all gradients that are wanted; without `state` the forward sweep is done again
+template <class T>
+void mlp_adapt_backward(const MlpArguments<T>& arguments, const T* state, Parallel parallel);
+
+// both at once for known cotangents, a task's intermediate results still in the cache: writes what both write
+template <class T>
+void mlp_adapt_gradients(const MlpArguments<T>& arguments, Parallel parallel);
+
+// What the plan is and what it costs, as JSON: {"layers": [{"form": "gram"|"factored"|"dense", ...}], "operations": n,
+// "bytes": n}: floating-point operations of forward and backward, and bytes of state and workspace for one thread.
+template <class T>
+std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward);
+
+}  // namespace mtml
