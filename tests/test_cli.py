@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib")
 
 from mtml_fast.cli import main, report, train  # noqa: E402
 from mtml_fast.cli.config import open_run  # noqa: E402
+from mtml_fast.cli.presets import PRESETS  # noqa: E402
 from mtml_fast.files import load_tensors  # noqa: E402
 
 
@@ -66,6 +67,52 @@ def test_version_and_help(capsys):
         assert "Usage: mtml-fast" in text
         assert command == ["train"] or "Example: mtml-fast " + " ".join(command) in text
     assert "Example: mtml-fast env" in run(capsys, "env", "--help")
+
+
+def test_presets_are_the_papers_settings():
+    adam = {"meta_lr": 1e-3, "seed": 0, "first_order": False, "steps": 1, "eval_tasks": 1000}
+    sinusoid = {"shots": 10, "query_shots": 10, "hidden": [40, 40], "norm": None, "lr": 0.01, "meta_batch": 25}
+    omniglot = {"ways": 5, "hidden": [256, 128, 64, 64], "norm": "batch", "lr": 0.4, "meta_batch": 32, "eval_steps": 3}
+    expected = {
+        "maml-sinusoid": (70_000, {**adam, **sinusoid}),
+        "maml-omniglot-mlp-5w1s": (60_000, {**adam, **omniglot, "shots": 1, "query_shots": 1}),
+        "maml-omniglot-mlp-5w5s": (60_000, {**adam, **omniglot, "shots": 5, "query_shots": 5}),
+    }
+    assert expected.keys() == PRESETS.keys()
+    for name, (iterations, settings) in expected.items():
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "_run", lambda *arguments, seen=seen: seen.append(arguments))
+            root = ["--root", "data"] if "omniglot" in name else []
+            assert main(["train", "--preset", name, *root]) == 0
+            assert main(["train", "--lr", "0.5", f"--preset={name}", *root, "--seed", "3", "--out", "there"]) == 0
+            command, _ = PRESETS[name]
+            assert main(["train", command, *root, "--preset", name]) == 0
+        (config, count, minutes, out, *_), (other, _, _, there, *_), (named, *_) = seen
+        assert (count, minutes, out) == (iterations, None, Path("runs") / name)
+        assert {**vars(config), **settings} == vars(config)
+        assert {**vars(config), "lr": 0.5, "seed": 3} == vars(other)
+        assert there == Path("there")
+        assert named == config
+
+
+def test_a_preset_trains_and_keeps_its_result(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_SPEED_SECONDS", 0.1)
+    options = ["--iterations", 4, "--eval-tasks", 10, "--out", tmp_path, "--seed", 2, "--steps", 2]
+    out = run(capsys, "train", "--preset", "maml-sinusoid", *options)
+    last = out.splitlines()[-1]
+    figure = re.fullmatch(r"test MSE of 5 shots after 2 steps (\d+\.\d+) \+- (\d+\.\d+) over 10 tasks", last)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["settings"] == json.loads((tmp_path / "config.json").read_text())
+    assert result["settings"]["seed"] == 2
+    assert (result["iterations"], result["threads"], result["device"]) == (4, 1, "cpu")
+    assert result["training_seconds"] > 0
+    figures = {(f["shots"], f["steps"]): f for f in result["figures"]}
+    assert sorted(figures) == [(shots, steps) for shots in (5, 10) for steps in (0, 1, 2, 5, 10)]
+    key = figures[5, 2]
+    assert (key["split"], key["metric"], key["tasks"]) == ("test", "MSE", 10)
+    assert figure.groups() == (f"{key['mean']:.3f}", f"{key['ci95']:.3f}")
+    assert run(capsys, "evaluate", tmp_path).splitlines()[-1] == last
 
 
 def test_env_prints_the_operators(capsys):
@@ -139,7 +186,10 @@ def test_omniglot_from_the_official_files(capsys, tmp_path):
     options = ["--iterations", 2, "--eval-tasks", 10, "--out", folder]
     out = run(capsys, "train", "omniglot", "--root", root, *options)
     assert re.search(r"^published: MAML, no conv, 60,000 iterations +0\.897 \+- 0\.011$", out, re.M)
-    assert re.search(r"^test accuracy 0\.\d+ \+- 0\.\d+ over 10 tasks$", out, re.M)
+    assert re.fullmatch(r"test accuracy 0\.\d+ \+- 0\.\d+ over 10 tasks", out.splitlines()[-1])
+    (figure,) = json.loads((folder / "result.json").read_text())["figures"]
+    assert out.splitlines()[-1] == f"test accuracy {figure['mean']:.3f} +- {figure['ci95']:.3f} over 10 tasks"
+    assert (figure["shots"], figure["steps"]) == (1, 3)
     line = run(capsys, "evaluate", folder, "--root", tmp_path, code=2)
     assert "images_background" in line
 
@@ -279,6 +329,14 @@ def test_bad_targets_for_adapt_are_one_line(capsys, tmp_path, sinusoid_run, y):
         (["train", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["train", "--threads", "100000000000"], r"--threads must be at most \d+, got 100000000000"),
         (["train", "--iterations", str(2**40)], "--iterations must be at most 1099511627775, got 1099511627776"),
+        (["train", "--threads", "many"], "--threads must be auto or a number, got 'many'"),
+        (["train", "--preset", "maml"], "--preset must be one of maml-sinusoid, .*, got maml$"),
+        (["train", "--seed", "1", "--preset"], "--preset must be one of maml-sinusoid, .*, got nothing$"),
+        (
+            ["train", "digits", "--preset", "maml-sinusoid"],
+            "maml-sinusoid must stand with sinusoid or alone, got digit",
+        ),
+        (["train", "--preset", "maml-omniglot-mlp-5w1s"], "Missing option '--root'"),
         (["train", "digits", "--ways", "4"], "ways must be at most the number of classes, 3, got 4"),
         (["train", "digits", "--norm", "layer"], "'--norm'.*'layer'"),
         (["train", "omniglot"], "Missing option '--root'"),

@@ -17,6 +17,8 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
+from mtml_fast.cli.presets import expanded
+
 __all__ = ["main"]
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
@@ -25,11 +27,13 @@ _BAD_INPUT = (ValueError, TypeError, OSError, ImportError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # `train` alone, or with options alone, means the paper's sinusoid experiment
-    first = arguments[1] if len(arguments) > 1 else "-"
-    if arguments[:1] == ["train"] and first.startswith("-") and first not in ("-h", "--help"):
-        arguments.insert(1, "sinusoid")
     try:
+        if arguments[:1] == ["train"]:
+            arguments[1:] = expanded(arguments[1:])
+            # alone, or with options alone, it means the paper's sinusoid experiment
+            first = arguments[1] if len(arguments) > 1 else "-"
+            if first.startswith("-") and first not in ("-h", "--help"):
+                arguments.insert(1, "sinusoid")
         with _sigterm_as_exit(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(message)}", file=sys.stderr)
             return _run(arguments)

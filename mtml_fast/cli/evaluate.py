@@ -23,4 +23,5 @@ def evaluate(
         check_option("tasks", tasks, least=2)
     if steps is not None:
         check_option("steps", steps, least=0)
-    report.evaluation(run, split=split, num_tasks=tasks, steps=steps, root=root)
+    line, _ = report.evaluation(run, split=split, num_tasks=tasks, steps=steps, root=root)
+    print(f"\n{line}")

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 
 import mtml_fast as mf
 from mtml_fast.cli.config import Config, open_run
-from mtml_fast.trainers.evaluation import evaluate
+from mtml_fast.trainers.evaluation import Evaluation, evaluate
 from mtml_fast.trainers.report import new_figure, save_figure, table
 
 __all__ = ["evaluation", "sinusoid_extras"]
@@ -41,15 +41,21 @@ def evaluation(
     num_tasks: int | None = None,
     steps: int | None = None,
     root: Path | None = None,
-) -> None:
-    """Measure a run's best weights and print them beside the published figures, where there are some."""
+) -> tuple[str, list[dict]]:
+    """Measure a run's best weights and print them beside the published figures, where there are some.
+
+    Returns the line of the key figure, and every figure: split, metric, shots, steps, tasks (those left out not
+    counted), mean, ci95.
+    """
     config, algorithm, step = open_run(folder, root)
     if config.experiment == "sinusoid" and split != "test":
         raise ValueError(f"--split must be test for a sinusoid run, whose tasks are always new ones, got {split}")
     num_tasks = config.eval_tasks if num_tasks is None else num_tasks
     if config.experiment == "sinusoid":
-        print(_sinusoid_table(config, algorithm, step, num_tasks, _STEPS if steps is None else [steps]))
-        return
+        columns = sorted({*_STEPS, config.steps}) if steps is None else [steps]
+        text, line, figures = _sinusoid_table(config, algorithm, step, num_tasks, columns)
+        print(text)
+        return line, figures
     steps = config.eval_steps if steps is None else steps
     result = replace(evaluate(algorithm, config.tasks(split), num_tasks, steps=steps), split=split)
     rows = [
@@ -59,7 +65,13 @@ def evaluation(
         rows.append(["published: MAML, no conv, 60,000 iterations", OMNIGLOT_MLP[config.ways, config.shots]])
     rows.append(["chance", _without_interval(1 / config.ways, 3)])
     head = [f"{config.experiment}, {config.ways}-way {config.shots}-shot", f"{split} accuracy"]
-    print(f"\n{table(head, rows)}\n\n{result}")
+    print(f"\n{table(head, rows)}")
+    return str(result), [_figure(result, config.shots, steps)]
+
+
+def _figure(result: Evaluation, shots: int, steps: int) -> dict:
+    about = {"split": result.split, "metric": result.metric, "shots": shots, "steps": steps}
+    return {**about, "tasks": result.n, "mean": result.mean, "ci95": result.ci95}
 
 
 def sinusoid_extras(folder: Path) -> None:
@@ -75,24 +87,36 @@ def sinusoid_extras(folder: Path) -> None:
     print(f"pictures: {picture}, {folder / 'curves.png'}")
 
 
-def _sinusoid_table(config: Config, algorithm: nn.Module, step: int, num_tasks: int, steps: Sequence[int]) -> str:
-    rows, diverged = [], []
+def _sinusoid_table(
+    config: Config, algorithm: nn.Module, step: int, num_tasks: int, steps: Sequence[int]
+) -> tuple[str, str, list[dict]]:
+    """The table, the line of its key figure (5 shots after as many steps as in training), and all figures."""
+    rows, diverged, figures = [], [], []
+    key = config.steps if config.steps in steps else steps[0]
+    line = ""
     for shots in (5, 10):
         tasks = config.tasks("test", shots=shots, query_shots=100)
         results = [evaluate(algorithm, tasks, num_tasks, steps=k, metric="loss") for k in steps]
-        stable = [result.where(result.values < _DIVERGED) for result in results]
+        stable = [replace(r.where(r.values < _DIVERGED), metric="MSE", split="test") for r in results]
         rows.append([f"{shots} shots", *(f"{result.mean:.2f} +- {result.ci95:.2f}" for result in stable)])
-        for k, all_tasks, kept in zip(steps, results, stable, strict=True):
-            if lost := len(all_tasks.values) - len(kept.values):
-                diverged.append(f"{lost} of {num_tasks} with {shots} shots after {k} steps")
+        for k, kept in zip(steps, stable, strict=True):
+            figures.append(_figure(kept, shots, k))
+            if kept.n < num_tasks:
+                diverged.append(f"{num_tasks - kept.n} of {num_tasks} with {shots} shots after {_steps(k)}")
+            if (shots, k) == (5, key):
+                line = str(replace(kept, metric=f"MSE of 5 shots after {_steps(k)}"))
         if shots == 5:
-            figures = [_without_interval(SINUSOID_5_SHOTS[k], 2) if k in SINUSOID_5_SHOTS else "" for k in steps]
-            rows.append(["5 shots, published: MAML, 70,000 iterations", *figures])
-    head = ["sinusoid, test MSE", *(f"{k} steps" if k != 1 else "1 step" for k in steps)]
+            published = [_without_interval(SINUSOID_5_SHOTS[k], 2) if k in SINUSOID_5_SHOTS else "" for k in steps]
+            rows.append(["5 shots, published: MAML, 70,000 iterations", *published])
+    head = ["sinusoid, test MSE", *map(_steps, steps)]
     note = f"{num_tasks} test tasks, weights of iteration {step:,}, 95 % intervals"
     if diverged:
         note += f"\ndiverged (MSE above {_DIVERGED:g}) and left out: {'; '.join(diverged)}"
-    return f"\n{table(head, rows)}\n\n{note}"
+    return f"\n{table(head, rows)}\n\n{note}", line, figures
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
 
 
 def _without_interval(value: float, digits: int) -> str:

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
+import mtml_fast as mf
 from mtml_fast.cli import report
 from mtml_fast.cli.config import Config, check_option
+from mtml_fast.cli.presets import PRESETS
+from mtml_fast.files import write_atomically
 from mtml_fast.trainers.checkpoint import random_state, set_random_state
 from mtml_fast.trainers.evaluation import VALIDATION_STEP
 from mtml_fast.trainers.trainer import Trainer
 
 app = typer.Typer(
-    help="Meta-train a model; without a name: sinusoid.", no_args_is_help=True, pretty_exceptions_enable=False
+    help="Meta-train a model; without a name: sinusoid.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Example: mtml-fast train --preset maml-omniglot-mlp-5w1s --root data --seed 1",
 )
+
+# what `--threads auto` means: more bring nothing at these sizes
+_AUTO_THREADS = {"sinusoid": 1, "digits": 1, "omniglot": 1}
 
 Iterations = Annotated[int, typer.Option(help="Meta-steps in all; a run that was stopped goes on to them.")]
 Minutes = Annotated[float | None, typer.Option(help="Stop after so many minutes; give again to go on.")]
@@ -35,9 +46,20 @@ Rate = Annotated[float, typer.Option(help="Inner learning rate.")]
 MetaRate = Annotated[float, typer.Option(help="Outer learning rate, of Adam.")]
 MetaBatch = Annotated[int, typer.Option(help="Tasks a meta-step.")]
 FirstOrder = Annotated[bool, typer.Option("--first-order", help="FOMAML: leave the second derivatives out.")]
-Threads = Annotated[int, typer.Option(help="Threads of the CPU; at these sizes more than one bring nothing.")]
+Threads = Annotated[str, typer.Option(help="Threads of the CPU: a number, or auto for what was measured to be best.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1, ...")]
 Norm = Annotated[Literal["batch", "none"], typer.Option(help="Batch norm after every hidden layer, or none.")]
+
+
+@app.callback()
+def preset(
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"A published experiment: {', '.join(PRESETS)}. All options of its command may follow."),
+    ] = None,
+) -> None:
+    # `main` has put the preset's command and options in its place
+    pass
 
 
 @app.command(epilog="Example: mtml-fast train sinusoid --minutes 2 --out runs/sinusoid")
@@ -52,9 +74,9 @@ def sinusoid(
     first_order: FirstOrder = False,
     meta_lr: MetaRate = 1e-3,
     meta_batch: MetaBatch = 25,
-    eval_tasks: EvalTasks = 600,
+    eval_tasks: EvalTasks = 1000,
     seed: Seed = 0,
-    threads: Threads = 1,
+    threads: Threads = "auto",
     device: Device = "cpu",
 ) -> None:
     """MAML's regression of sine waves: an MLP 1-40-40-1, a table beside the paper's, a picture, a speed."""
@@ -73,9 +95,7 @@ def sinusoid(
         eval_steps=steps,
         eval_tasks=eval_tasks,
     )
-    _train(config, iterations, minutes, out, threads, device)
-    report.evaluation(out)
-    report.sinusoid_extras(out)
+    _run(config, iterations, minutes, out, threads, device)
 
 
 @app.command(epilog="Example: mtml-fast train omniglot --root data --ways 5 --shots 1 --out runs/omniglot")
@@ -95,9 +115,9 @@ def omniglot(
     meta_lr: MetaRate = 1e-3,
     meta_batch: MetaBatch = 32,
     eval_steps: EvalSteps = 3,
-    eval_tasks: EvalTasks = 600,
+    eval_tasks: EvalTasks = 1000,
     seed: Seed = 0,
-    threads: Threads = 1,
+    threads: Threads = "auto",
     device: Device = "cpu",
 ) -> None:
     """Few-shot classification of handwritten characters, MAML's protocol."""
@@ -118,8 +138,7 @@ def omniglot(
         eval_steps=eval_steps,
         eval_tasks=eval_tasks,
     )
-    _train(config, iterations, minutes, out, threads, device)
-    report.evaluation(out)
+    _run(config, iterations, minutes, out, threads, device)
 
 
 @app.command(epilog="Example: mtml-fast train digits --ways 3 --shots 1")
@@ -137,9 +156,9 @@ def digits(
     meta_lr: MetaRate = 1e-3,
     meta_batch: MetaBatch = 32,
     eval_steps: EvalSteps = 3,
-    eval_tasks: EvalTasks = 600,
+    eval_tasks: EvalTasks = 1000,
     seed: Seed = 0,
-    threads: Threads = 1,
+    threads: Threads = "auto",
     device: Device = "cpu",
 ) -> None:
     """The same on scikit-learn's bundled 8x8 digits: small, nothing to download."""
@@ -159,15 +178,44 @@ def digits(
         eval_steps=eval_steps,
         eval_tasks=eval_tasks,
     )
-    _train(config, iterations, minutes, out, threads, device)
-    report.evaluation(out)
+    _run(config, iterations, minutes, out, threads, device)
 
 
-def _train(config: Config, iterations: int, minutes: float | None, out: Path, threads: int, device: str) -> None:
+def _run(config: Config, iterations: int, minutes: float | None, out: Path, threads: str, device: str) -> None:
+    """Train, measure, keep what came out as result.json, and print the key figure last."""
     # beyond lie the steps that evaluation draws from
     check_option("iterations", iterations, least=1, most=VALIDATION_STEP - 1)
-    check_option("threads", threads, least=1, most=os.cpu_count() or 1)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(_threads(threads, config.experiment))
+    trainer = _train(config, iterations, minutes, out, device)
+    start = time.perf_counter()
+    line, figures = report.evaluation(out)
+    result = {
+        "settings": asdict(config),
+        "iterations": trainer.step,
+        "figures": figures,
+        "training_seconds": round(trainer.seconds, 2),
+        "evaluation_seconds": round(time.perf_counter() - start, 2),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "versions": {"mtml_fast": mf.__version__, "torch": torch.__version__},
+    }
+    write_atomically(out / "result.json", json.dumps(result, indent=2).encode())
+    if config.experiment == "sinusoid":
+        report.sinusoid_extras(out)
+    print(f"\n{line}")
+
+
+def _threads(value: str, experiment: str) -> int:
+    most = os.cpu_count() or 1
+    if value == "auto":
+        return min(_AUTO_THREADS[experiment], most)
+    if not value.removeprefix("-").isdecimal():
+        raise ValueError(f"--threads must be auto or a number, got {value!r}")
+    check_option("threads", int(value), least=1, most=most)
+    return int(value)
+
+
+def _train(config: Config, iterations: int, minutes: float | None, out: Path, device: str) -> Trainer:
     if minutes is not None and not minutes > 0:
         raise ValueError(f"--minutes must be above 0, got {minutes:g}")
     tasks = config.tasks("train")
@@ -195,6 +243,7 @@ def _train(config: Config, iterations: int, minutes: float | None, out: Path, th
     trainer.fit(iterations, minutes)
     if trainer.step < iterations:
         print(f"stopped at step {trainer.step:,} of {iterations:,}; the same command goes on")
+    return trainer
 
 
 def _steps_per_second(algorithm: torch.nn.Module, tasks: Any, meta_batch: int, seconds: float = 0.5) -> float:
