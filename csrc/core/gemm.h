@@ -76,17 +76,27 @@ constexpr int tile_rows(int vectors) {
   return vectors == 1 ? 12 : vectors == 2 ? (kRegisters == 32 ? 12 : 6) : vectors == 4 ? 3 : 1;
 }
 
+// The compiler forgets what it knows of a value: addresses that it would compute ahead of a loop, for use behind it,
+// fill the registers.
+template <class P>
+MTML_INLINE void forget(P& value) {
+  asm("" : "+r"(value));
+}
+
 // R rows from m on and V vectors of columns from `panel` on
 template <class T, int R, int V>
 void tile(const Output<T>& to, int64_t m, int64_t panel) {
   using Lanes = Vector<T>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t ldc = to.ldc;
-  T* c = to.c + m * ldc + panel * kPanel<T>;
+  T* c = to.c + m * to.ldc + panel * kPanel<T>;
 
   Lanes sums[R * V];
   if (to.start == kAdd) {
-    unroll<R>([&](auto r) { unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(c + r * ldc + v * L); }); });
+    const T* from = c;
+    unroll<R>([&](auto r) {
+      unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(from + v * L); });
+      from += to.ldc;
+    });
   } else if (to.start == kRow) {
     const T* row = to.row + panel * kPanel<T>;
     unroll<V>([&](auto v) {
@@ -97,23 +107,35 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
     unroll<R * V>([&](auto i) { sums[i] = Lanes{}; });
   }
 
-  for (int i = 0; i < to.num_products; ++i) {
-    const Product<T>& product = to.products[i];
-    const int64_t row = product.a.row, col = product.a.col, ld = product.b.ld, next_panel = product.b.panel;
-    const T* a = product.a.data + m * row;
-    const T* b = product.b.data + panel * next_panel;
-    for (int64_t k = product.k; k > 0; --k) {
+  const Product<T>* product = to.products;
+  const Product<T>* const last = product + (to.num_products - 1);
+  do {
+    const int64_t row = product->a.row, col = product->a.col, ld = product->b.ld, next_panel = product->b.panel;
+    const T* b = product->b.data + panel * next_panel;
+    // every fourth row has a pointer: the three after it are one and two times `row`, or three times, away
+    constexpr int kPointers = (R + 3) / 4;
+    const T* a[kPointers];
+    unroll<kPointers>([&](auto g) { a[g] = product->a.data + (m + 4 * g) * row; });
+    for (int64_t k = product->k; k > 0; --k) {
       Lanes right[V];
       unroll<V>([&](auto v) { right[v] = load<Lanes>(b + v / 2 * next_panel + v % 2 * L); });
       unroll<R>([&](auto r) {
-        const T left = a[r * row];
+        const T left = a[r / 4][r % 4 * row];
         unroll<V>([&](auto v) { sums[r * V + v] += left * right[v]; });
       });
-      a += col;
+      unroll<kPointers>([&](auto g) {
+        a[g] += col;
+        forget(a[g]);
+      });
       b += ld;
     }
-  }
-  unroll<R>([&](auto r) { unroll<V>([&](auto v) { store(c + r * ldc + v * L, sums[r * V + v]); }); });
+  } while (product++ != last);
+
+  forget(c);
+  unroll<R>([&](auto r) {
+    unroll<V>([&](auto v) { store(c + v * L, sums[r * V + v]); });
+    c += to.ldc;
+  });
 }
 
 template <class T>
