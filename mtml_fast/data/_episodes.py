@@ -21,6 +21,7 @@ __all__ = ["ClassEpisodes", "DrawnAhead", "Episodes", "check_choice", "check_dty
 _TASKS_AHEAD = 1024
 # bytes: below, the allocator has memory at hand; above, it would be much to hold on to
 _REUSED = range(1 << 17, 1 << 26)
+_HOST = torch.device("cpu")
 
 
 class Episodes:
@@ -199,7 +200,7 @@ class _Memory:
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """As `torch.empty`."""
         size = math.prod(shape) * dtype.itemsize
-        if size not in _REUSED or device.type != "cpu":
+        if size not in _REUSED or device != _HOST:
             return torch.empty(shape, dtype=dtype, device=device)
         try:
             # taken out while it is in use here, so that threads may share a data set
