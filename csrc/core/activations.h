@@ -60,8 +60,9 @@ struct ActivationOf<Activation::kElu, T> : Smooth<ActivationOf<Activation::kElu,
   using V = Vector<T>;
   static constexpr bool kNeedsInput = false;
   static MTML_INLINE V act(V y) { return y > V{} ? y : expm1_of_negative<T>(y); }
-  static MTML_INLINE V d1(V, V h) { return h > V{} ? all<T>(1) : h + T(1); }
-  static MTML_INLINE V d2(V, V h) { return h > V{} ? V{} : h + T(1); }
+  // torch: the second derivative at zero is zero, and NaN counts as positive
+  static MTML_INLINE V d1(V, V h) { return h <= V{} ? h + T(1) : all<T>(1); }
+  static MTML_INLINE V d2(V, V h) { return h < V{} ? h + T(1) : V{}; }
 };
 
 template <class T>
@@ -88,12 +89,13 @@ struct ActivationOf<Activation::kSilu, T> : Smooth<ActivationOf<Activation::kSil
   static constexpr bool kNeedsInput = true;
   static MTML_INLINE V act(V y) { return y / (T(1) + exp_<T>(-y)); }
   static MTML_INLINE V d1(V y, V) {
-    const V s = sigmoid_<T>(y);
-    return s * (T(1) + y * (T(1) - s));
+    const Sigmoid<V> s = sigmoid_and_slope<T>(y);
+    return s.value + y * s.slope;
   }
   static MTML_INLINE V d2(V y, V) {
-    const V s = sigmoid_<T>(y);
-    return s * (T(1) - s) * (T(2) + y * (T(1) - T(2) * s));
+    const Sigmoid<V> s = sigmoid_and_slope<T>(y);
+    // the slope first: it is zero where y times anything might be infinite
+    return s.slope * T(2) + s.slope * y * (s.rest - s.value);
   }
 };
 
@@ -107,11 +109,8 @@ struct ActivationOf<Activation::kSoftplus, T> : Smooth<ActivationOf<Activation::
     const V curved = (y > V{} ? y : V{}) + log1p_exp_of_negative_magnitude<T>(y);
     return y > kThreshold ? y : curved;
   }
-  static MTML_INLINE V d1(V y, V) { return y > kThreshold ? all<T>(1) : sigmoid_<T>(y); }
-  static MTML_INLINE V d2(V y, V) {
-    const V s = sigmoid_<T>(y);
-    return y > kThreshold ? V{} : s * (T(1) - s);
-  }
+  static MTML_INLINE V d1(V y, V) { return y > kThreshold ? all<T>(1) : sigmoid_and_slope<T>(y).value; }
+  static MTML_INLINE V d2(V y, V) { return y > kThreshold ? V{} : sigmoid_and_slope<T>(y).slope; }
 };
 
 // y P(standard normal < y)
@@ -138,23 +137,24 @@ struct ActivationOf<Activation::kGeluTanh, T> : Smooth<ActivationOf<Activation::
   static constexpr bool kNeedsInput = true;
   static constexpr T kLinearPart = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
   static constexpr T kCubicPart = T(0.0713548162726009);       // and times 0.044715
+  // y^2, but not infinite: the sigmoid is 0 or 1 long before
+  static MTML_INLINE V square(V y) {
+    constexpr T kFar = 1000;
+    const V y2 = y * y;
+    return y2 > kFar ? all<T>(kFar) : y2;
+  }
   static MTML_INLINE V act(V y) { return y * sigmoid_<T>(y * (kLinearPart + kCubicPart * (y * y))); }
   static MTML_INLINE V d1(V y, V) {
-    y = clamp(y);
-    const V s = sigmoid_<T>(y * (kLinearPart + kCubicPart * (y * y)));
-    return s + y * (s * (T(1) - s)) * (kLinearPart + T(3) * kCubicPart * (y * y));
+    const V y2 = square(y);
+    const Sigmoid<V> s = sigmoid_and_slope<T>(y * (kLinearPart + kCubicPart * y2));
+    return s.value + y * s.slope * (kLinearPart + T(3) * kCubicPart * y2);
   }
   static MTML_INLINE V d2(V y, V) {
-    y = clamp(y);
-    const V s = sigmoid_<T>(y * (kLinearPart + kCubicPart * (y * y)));
-    const V v1 = kLinearPart + T(3) * kCubicPart * (y * y), v2 = T(6) * kCubicPart * y;
-    return s * (T(1) - s) * (T(2) * v1 + y * (v2 + (T(1) - T(2) * s) * (v1 * v1)));
-  }
-  // the derivatives are 0 and 1 outside, and powers of y would be infinite there
-  static MTML_INLINE V clamp(V y) {
-    constexpr T kFar = 40;
-    y = y > kFar ? all<T>(kFar) : y;
-    return y < -kFar ? all<T>(-kFar) : y;
+    const V y2 = square(y);
+    const Sigmoid<V> s = sigmoid_and_slope<T>(y * (kLinearPart + kCubicPart * y2));
+    // with v = 2 u: v' and y v''
+    const V v1 = kLinearPart + T(3) * kCubicPart * y2, y_v2 = T(6) * kCubicPart * y2;
+    return s.slope * (T(2) * v1 + y_v2) + s.slope * y * ((s.rest - s.value) * (v1 * v1));
   }
 };
 
@@ -165,7 +165,7 @@ struct Named {
 };
 
 template <class F>
-MTML_INLINE auto with_activation(Activation activation, F f) {
+auto with_activation(Activation activation, F f) {
   switch (activation) {
     case Activation::kRelu:
       return f(Named<Activation::kRelu>{});

@@ -12,78 +12,100 @@
 // channel is. Where a result is as large as an operand it may be that operand.
 #pragma once
 
+#include "core/lanes.h"
 #include "core/vector_math.h"
 
 namespace mtml::MTML_ISA {
 
-// Two sums over rows at once.
-template <class V>
-struct TwoSums {
-  V first{}, second{};
-  MTML_INLINE TwoSums& operator+=(const TwoSums& other) {
-    first += other.first;
-    second += other.second;
-    return *this;
+// f(c, Index<W>{}): W vectors of channels from column c on. Several together, as they share cache lines and their sums
+// need not wait for each other; a channel's sums do not depend on its block.
+template <class T, class F>
+MTML_INLINE void for_channels(int64_t ld, F f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + 4 * L <= ld; c += 4 * L) f(c, Index<4>{});
+  if (c + 2 * L <= ld) {
+    f(c, Index<2>{});
+    c += 2 * L;
   }
-};
+  if (c + L <= ld) f(c, Index<1>{});
+}
 
-// the sum of f(i) over 0 <= i < rows: short sums that go into a total, in an order that depends on the rows alone
-template <class V, class F>
-MTML_INLINE V sum_over_rows(int64_t rows, F f) {
-  V total{};
+// sums[k] = the sum of f(i, Index<k>{}) over 0 <= i < rows: short sums that go into a total
+template <int W, class V, class F>
+MTML_INLINE void sum_over_rows(int64_t rows, V (&sums)[W], F f) {
+  unroll<W>([&](auto k) { sums[k] = V{}; });
   for (int64_t i = 0; i < rows;) {
-    const int64_t end = i + 4 * kShortSum < rows ? i + 4 * kShortSum : rows;
-    V even{}, odd{};
-    for (; i + 2 <= end; i += 2) {
-      even += f(i);
-      odd += f(i + 1);
-    }
-    for (; i < end; ++i) even += f(i);
-    even += odd;
-    total += even;
+    const int64_t end = i + kShortSum < rows ? i + kShortSum : rows;
+    V part[W];
+    unroll<W>([&](auto k) { part[k] = V{}; });
+    for (; i < end; ++i) unroll<W>([&](auto k) { part[k] += f(i, k); });
+    unroll<W>([&](auto k) { sums[k] += part[k]; });
   }
-  return total;
 }
 
 template <class T>
 void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift, double eps, T* y, T* xh, T* r) {
   using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for (int64_t c = 0; c < ld; c += kLanes<T>) {
-    const V mean = mean_of * sum_over_rows<V>(N, [&](int64_t i) { return load<V>(z + i * ld + c); });
-    const V variance = mean_of * sum_over_rows<V>(N, [&](int64_t i) {
-                         const V centered = load<V>(z + i * ld + c) - mean;
-                         return centered * centered;
-                       });
-    const V scale = T(1) / sqrt_<T>(variance + static_cast<T>(eps));
-    store(r + c, scale);
-    const V g = load<V>(gain + c), b = load<V>(shift + c);
-    for (int64_t i = c; i < N * ld; i += ld) {
-      const V normal = (load<V>(z + i) - mean) * scale;
-      store(xh + i, normal);
-      store(y + i, normal * g + b);
+  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    V mean[W], scale[W];
+    sum_over_rows(N, mean, [&](int64_t i, auto k) { return load<V>(z + i * ld + c + k * L); });
+    unroll<W>([&](auto k) { mean[k] *= mean_of; });
+    sum_over_rows(N, scale, [&](int64_t i, auto k) {
+      const V centered = load<V>(z + i * ld + c + k * L) - mean[k];
+      return centered * centered;
+    });
+    unroll<W>([&](auto k) {
+      scale[k] = T(1) / sqrt_<T>(scale[k] * mean_of + static_cast<T>(eps));
+      store(r + c + k * L, scale[k]);
+    });
+    V g[W], b[W];
+    unroll<W>([&](auto k) {
+      g[k] = load<V>(gain + c + k * L);
+      b[k] = load<V>(shift + c + k * L);
+    });
+    for (int64_t i = 0; i < N; ++i) {
+      unroll<W>([&](auto k) {
+        const int64_t at = i * ld + c + k * L;
+        const V x = (load<V>(z + at) - mean[k]) * scale[k];
+        store(xh + at, x);
+        store(y + at, x * g[k] + b[k]);
+      });
     }
-  }
+  });
 }
 
 template <class T>
 void batch_norm_backward(int64_t N, int64_t ld, const T* d, const T* xh, const T* r, const T* gain, T* dz, T* dgain,
                          T* dshift) {
   using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for (int64_t c = 0; c < ld; c += kLanes<T>) {
-    const auto sums = sum_over_rows<TwoSums<V>>(N, [&](int64_t i) {
-      const V di = load<V>(d + i * ld + c);
-      return TwoSums<V>{di, di * load<V>(xh + i * ld + c)};
+  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    V sums[2 * W];  // of d, then of d * xh
+    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+      const int64_t at = i * ld + c + k % W * L;
+      return k < W ? load<V>(d + at) : load<V>(d + at) * load<V>(xh + at);
     });
-    store(dshift + c, sums.first);
-    store(dgain + c, sums.second);
-    const V mean_d = mean_of * sums.first, mean_dx = mean_of * sums.second;
-    const V scale = load<V>(gain + c) * load<V>(r + c);
-    for (int64_t i = c; i < N * ld; i += ld) {
-      store(dz + i, scale * (load<V>(d + i) - mean_d - load<V>(xh + i) * mean_dx));
+    V scale[W];
+    unroll<W>([&](auto k) {
+      const int64_t channel = c + k * L;
+      store(dshift + channel, sums[k]);
+      store(dgain + channel, sums[k + W]);
+      scale[k] = load<V>(gain + channel) * load<V>(r + channel);
+    });
+    unroll<2 * W>([&](auto k) { sums[k] *= mean_of; });
+    for (int64_t i = 0; i < N; ++i) {
+      unroll<W>([&](auto k) {
+        const int64_t at = i * ld + c + k * L;
+        store(dz + at, scale[k] * (load<V>(d + at) - sums[k] - load<V>(xh + at) * sums[k + W]));
+      });
     }
-  }
+  });
 }
 
 // Rgain and Rshift may be null: zeros
@@ -91,23 +113,35 @@ template <class T>
 void batch_norm_tangent(int64_t N, int64_t ld, const T* Rz, const T* xh, const T* r, const T* gain, const T* Rgain,
                         const T* Rshift, T* Rxh, T* Rr, T* Ry) {
   using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for (int64_t c = 0; c < ld; c += kLanes<T>) {
-    const auto sums = sum_over_rows<TwoSums<V>>(N, [&](int64_t i) {
-      const V Rzi = load<V>(Rz + i * ld + c);
-      return TwoSums<V>{Rzi, Rzi * load<V>(xh + i * ld + c)};
+  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    V sums[2 * W];  // of Rz, then of Rz * xh
+    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+      const int64_t at = i * ld + c + k % W * L;
+      return k < W ? load<V>(Rz + at) : load<V>(Rz + at) * load<V>(xh + at);
     });
-    const V mean = mean_of * sums.first, s = mean_of * sums.second;
-    const V scale = load<V>(r + c), g = load<V>(gain + c);
-    const V Rg = Rgain ? load<V>(Rgain + c) : V{}, Rb = Rshift ? load<V>(Rshift + c) : V{};
-    store(Rr + c, -(scale * scale * s));
-    for (int64_t i = c; i < N * ld; i += ld) {
-      const V x = load<V>(xh + i);
-      const V Rx = scale * (load<V>(Rz + i) - mean - x * s);
-      store(Rxh + i, Rx);
-      store(Ry + i, g * Rx + (Rg * x + Rb));
+    unroll<2 * W>([&](auto k) { sums[k] *= mean_of; });
+    V scale[W], g[W], Rg[W], Rb[W];
+    unroll<W>([&](auto k) {
+      const int64_t channel = c + k * L;
+      scale[k] = load<V>(r + channel);
+      g[k] = load<V>(gain + channel);
+      Rg[k] = Rgain ? load<V>(Rgain + channel) : V{};
+      Rb[k] = Rshift ? load<V>(Rshift + channel) : V{};
+      store(Rr + channel, -(scale[k] * scale[k] * sums[k + W]));
+    });
+    for (int64_t i = 0; i < N; ++i) {
+      unroll<W>([&](auto k) {
+        const int64_t at = i * ld + c + k * L;
+        const V x = load<V>(xh + at);
+        const V Rx = scale[k] * (load<V>(Rz + at) - sums[k] - x * sums[k + W]);
+        store(Rxh + at, Rx);
+        store(Ry + at, g[k] * Rx + (Rg[k] * x + Rb[k]));
+      });
     }
-  }
+  });
 }
 
 // Rgain may be null: zeros
@@ -115,32 +149,42 @@ template <class T>
 void batch_norm_backward_tangent(int64_t N, int64_t ld, const T* d, const T* Rd, const T* xh, const T* Rxh, const T* r,
                                  const T* Rr, const T* gain, const T* Rgain, T* Rdz, T* Rdgain, T* Rdshift) {
   using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for (int64_t c = 0; c < ld; c += kLanes<T>) {
-    const auto sums = sum_over_rows<TwoSums<V>>(N, [&](int64_t i) {
-      const V di = load<V>(d + i * ld + c);
-      return TwoSums<V>{di, di * load<V>(xh + i * ld + c)};
+  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+    constexpr int W = width;
+    V sums[2 * W], Rsums[2 * W];  // of d and d * xh, and of their tangents
+    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+      const int64_t at = i * ld + c + k % W * L;
+      return k < W ? load<V>(d + at) : load<V>(d + at) * load<V>(xh + at);
     });
-    const auto Rsums = sum_over_rows<TwoSums<V>>(N, [&](int64_t i) {
-      const int64_t at = i * ld + c;
-      const V Rdi = load<V>(Rd + at);
-      return TwoSums<V>{Rdi, Rdi * load<V>(xh + at) + load<V>(d + at) * load<V>(Rxh + at)};
+    sum_over_rows(N, Rsums, [&](int64_t i, auto k) {
+      const int64_t at = i * ld + c + k % W * L;
+      return k < W ? load<V>(Rd + at) : load<V>(Rd + at) * load<V>(xh + at) + load<V>(d + at) * load<V>(Rxh + at);
     });
-    store(Rdshift + c, Rsums.first);
-    store(Rdgain + c, Rsums.second);
-    const V mean_d = mean_of * sums.first, mean_dx = mean_of * sums.second;
-    const V mean_Rd = mean_of * Rsums.first, mean_Rdx = mean_of * Rsums.second;
-    const V g = load<V>(gain + c), scale = load<V>(r + c);
-    const V gr = g * scale;
-    V Rgr = g * load<V>(Rr + c);
-    if (Rgain) Rgr += load<V>(Rgain + c) * scale;
-    for (int64_t i = c; i < N * ld; i += ld) {
-      const V x = load<V>(xh + i);
-      const V q = load<V>(d + i) - mean_d - x * mean_dx;
-      const V Rq = load<V>(Rd + i) - mean_Rd - load<V>(Rxh + i) * mean_dx - x * mean_Rdx;
-      store(Rdz + i, Rgr * q + gr * Rq);
+    V scale[W], Rscale[W];  // gain * r and its tangent
+    unroll<W>([&](auto k) {
+      const int64_t channel = c + k * L;
+      store(Rdshift + channel, Rsums[k]);
+      store(Rdgain + channel, Rsums[k + W]);
+      scale[k] = load<V>(gain + channel) * load<V>(r + channel);
+      Rscale[k] = load<V>(gain + channel) * load<V>(Rr + channel);
+      if (Rgain) Rscale[k] += load<V>(Rgain + channel) * load<V>(r + channel);
+    });
+    unroll<2 * W>([&](auto k) {
+      sums[k] *= mean_of;
+      Rsums[k] *= mean_of;
+    });
+    for (int64_t i = 0; i < N; ++i) {
+      unroll<W>([&](auto k) {
+        const int64_t at = i * ld + c + k * L;
+        const V x = load<V>(xh + at);
+        const V q = load<V>(d + at) - sums[k] - x * sums[k + W];
+        const V Rq = load<V>(Rd + at) - Rsums[k] - load<V>(Rxh + at) * sums[k + W] - x * Rsums[k + W];
+        store(Rdz + at, Rscale[k] * q + scale[k] * Rq);
+      });
     }
-  }
+  });
 }
 
 }  // namespace mtml::MTML_ISA

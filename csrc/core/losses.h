@@ -7,6 +7,7 @@
 //     bce            p = sigmoid(z)   d = (p - target) / (N count)       Rd = p (1 - p) Rz / (N count)
 #pragma once
 
+#include "core/lanes.h"
 #include "core/mlp_adapt_args.h"
 #include "core/vector_math.h"
 
@@ -15,55 +16,47 @@ namespace mtml::MTML_ISA {
 // Which of C columns exist, a vector of them at a time.
 template <class T>
 struct Columns {
-  const bool* mask;
-  int64_t full;      // vectors that lie within C
-  Integers<T> rest;  // in the vector behind them
-  int64_t count;     // columns that exist
+  static constexpr int64_t kKept = 64;
 
-  Columns(int64_t C, const bool* mask) : mask(mask), full(C / kLanes<T>), rest{}, count(C) {
+  const bool* mask;
+  int64_t full;             // vectors that lie within C
+  int64_t count;            // columns that exist
+  Integers<T> rest;         // of the vector behind them
+  Integers<T> kept[kKept];  // of the first ones, where there is a mask
+
+  Columns(int64_t C, const bool* mask) : mask(mask), full(C / kLanes<T>), count(C), rest{} {
     for (int64_t l = 0; l < C % kLanes<T>; ++l) rest[l] = !mask || mask[full * kLanes<T> + l] ? -1 : 0;
     if (!mask) return;
     count = 0;
     for (int64_t c = 0; c < C; ++c) count += mask[c];
+    for (int64_t v = 0; v < full && v < kKept; ++v) kept[v] = from_mask(v);
   }
 
   // all bits of an element set where its column exists
   MTML_INLINE Integers<T> operator()(int64_t v) const {
     if (v >= full) return v == full ? rest : Integers<T>{};
     if (!mask) return ~Integers<T>{};
-    typedef signed char Bytes __attribute__((vector_size(kLanes<T>)));
-    return __builtin_convertvector(load<Bytes>(mask + v * kLanes<T>), Integers<T>) != 0;
+    return v < kKept ? kept[v] : from_mask(v);
+  }
+
+  Integers<T> from_mask(int64_t v) const {
+    Integers<T> exists{};
+    for (int64_t l = 0; l < kLanes<T>; ++l) exists[l] = mask[v * kLanes<T> + l] ? -1 : 0;
+    return exists;
   }
 };
 
-// every lane by its neighbour at a distance of a power of two
-template <class T, int kDistance, class V>
-MTML_INLINE V swap_lanes(V x) {
-  constexpr int d = kDistance;
-#ifdef __clang__
-  if constexpr (kLanes<T> == 2) return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d);
-  if constexpr (kLanes<T> == 4) return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d);
-  if constexpr (kLanes<T> == 8)
-    return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d);
-  if constexpr (kLanes<T> == 16)
-    return __builtin_shufflevector(x, x, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, 8 ^ d, 9 ^ d, 10 ^ d,
-                                   11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d);
-#else
-  if constexpr (kLanes<T> == 2) return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d});
-  if constexpr (kLanes<T> == 4) return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d});
-  if constexpr (kLanes<T> == 8)
-    return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d});
-  if constexpr (kLanes<T> == 16)
-    return __builtin_shuffle(x, Integers<T>{0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d, 8 ^ d, 9 ^ d,
-                                            10 ^ d, 11 ^ d, 12 ^ d, 13 ^ d, 14 ^ d, 15 ^ d});
-#endif
-}
+// every lane changes places with the one at a distance of a power of two
+template <int Distance>
+struct SwapLanes {
+  static constexpr int at(int lane) { return lane ^ Distance; }
+};
 
 // the lanes combined by f, in every lane
-template <class T, int kDistance = 1, class V, class F>
+template <class T, int Distance = 1, class V, class F>
 MTML_INLINE V reduce_lanes(V x, F f) {
-  if constexpr (kDistance < kLanes<T>) {
-    return reduce_lanes<T, 2 * kDistance>(f(x, swap_lanes<T, kDistance>(x)), f);
+  if constexpr (Distance < kLanes<T>) {
+    return reduce_lanes<T, 2 * Distance>(f(x, shuffle<T, SwapLanes<Distance>>(x, x)), f);
   } else {
     return x;
   }
@@ -92,6 +85,59 @@ struct ShortSums {
   MTML_INLINE Vector<T> result() const { return row_sum<T>(total + part); }
 };
 
+// Rows of one vector: as many rows as there are lanes change places with the columns, so that a lane is a row.
+template <class T>
+double short_cross_entropy_forward(int64_t N, const T* z, const int64_t* labels, int64_t C, const bool* mask, T* p,
+                                   T* d) {
+  using V = Vector<T>;
+  constexpr int64_t L = kLanes<T>;
+  const V infinity = all<T>(static_cast<T>(__builtin_inf()));
+  const T mean = T(1) / static_cast<T>(N);
+  double loss = 0;
+  for (int64_t first = 0; first < N; first += L) {
+    const int64_t rows = first + L < N ? L : N - first;
+    V columns[L], slopes[L], label{};
+    unroll<L>([&](auto r) { columns[r] = load<V>(z + (first + (r < rows ? r : 0)) * L); });
+    transpose_lanes<T>(columns);
+    for (int64_t r = 0; r < rows; ++r) label[r] = static_cast<T>(labels[first + r]);
+
+    V top = -infinity;
+    // NaN where no class is the label's, and infinite where it is absent
+    V at_label = all<T>(static_cast<T>(__builtin_nan("")));
+    for (int64_t c = 0; c < C; ++c) {
+      if (mask && !mask[c]) columns[c] = -infinity;
+      top = columns[c] > top ? columns[c] : top;
+      at_label = label == static_cast<T>(c) ? columns[c] : at_label;
+    }
+    V sum{};
+    for (int64_t c = 0; c < C; ++c) {
+      if (mask && !mask[c]) continue;
+      columns[c] = exp_of_negative<T>(columns[c] - top);
+      sum += columns[c];
+    }
+    T losses[L];
+    store(losses, log_from_one<T>(sum) + (top - at_label));
+    for (int64_t r = 0; r < rows; ++r) loss += losses[r];
+    if (!p && !d) continue;
+
+    const V scale = T(1) / sum;
+    for (int64_t c = 0; c < L; ++c) {
+      const bool exists = c < C && !(mask && !mask[c]);
+      columns[c] = exists ? columns[c] * scale : V{};
+      slopes[c] = exists ? mean * (columns[c] - (label == static_cast<T>(c) ? all<T>(1) : V{})) : V{};
+    }
+    const auto write = [&](V* block, T* to) {
+      transpose_lanes<T>(block);
+      unroll<L>([&](auto r) {
+        if (r < rows) store(to + (first + r) * L, block[r]);
+      });
+    };
+    if (p) write(columns, p);
+    if (d) write(slopes, d);
+  }
+  return loss / static_cast<double>(N);
+}
+
 template <class T>
 double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* labels, int64_t C, const Columns<T>& has,
                              T* p, T* d) {
@@ -117,7 +163,7 @@ double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* l
       top = max_of_lanes<T>(top);
       ShortSums<T> sum;
       for (int64_t v = 0; v < vectors; ++v) {
-        const V x = exp_<T>((has(v) ? load<V>(z + row + v * L) : minus_infinity) - top);
+        const V x = exp_of_negative<T>((has(v) ? load<V>(z + row + v * L) : minus_infinity) - top);
         // again, as the difference is NaN for a top that is
         const V value = has(v) ? x : V{};
         sum.add(value);
@@ -192,10 +238,11 @@ T loss_forward(Loss loss, int64_t N, int64_t C, int64_t ld, const T* z, const in
                const bool* mask, T* p, T* d) {
   using V = Vector<T>;
   if (N == 0) return 0;
-  const Columns<T> has(C, mask);
   if (loss == Loss::kCrossEntropy) {
-    return static_cast<T>(cross_entropy_forward(N, ld, z, labels, C, has, p, d));
+    if (ld == kLanes<T>) return static_cast<T>(short_cross_entropy_forward(N, z, labels, C, mask, p, d));
+    return static_cast<T>(cross_entropy_forward(N, ld, z, labels, C, Columns<T>(C, mask), p, d));
   }
+  const Columns<T> has(C, mask);
   if (loss == Loss::kMse) {
     return static_cast<T>(output_loss_forward(N, C, ld, z, targets, has, static_cast<T*>(nullptr), d, [](V z, V t) {
       const V difference = z - t;
@@ -203,7 +250,7 @@ T loss_forward(Loss loss, int64_t N, int64_t C, int64_t ld, const T* z, const in
     }));
   }
   return static_cast<T>(output_loss_forward(N, C, ld, z, targets, has, p, d, [](V z, V t) {
-    const V e = exp_<T>(-magnitude<T>(z));
+    const V e = exp_of_negative<T>(-magnitude<T>(z));
     const V p = (z < V{} ? e : all<T>(1)) / (T(1) + e);
     // in torch's order, which decides what infinities give
     return OutputLoss<T>{(T(1) - t) * z - ((z < V{} ? z : V{}) - log1p_of_unit<T>(e)), p - t, p};

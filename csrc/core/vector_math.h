@@ -136,25 +136,57 @@ MTML_INLINE V exp_(V x) {
   return x <= kMax ? value : x + all<T>(static_cast<T>(__builtin_inf()));  // infinity, or NaN
 }
 
-// e^x - 1 for x <= 0
+// e^x for x <= 0, which cannot overflow
+template <class T, class V>
+MTML_INLINE V exp_of_negative(V x) {
+  constexpr T kMin = kIsFloat<T> ? T(-87.33654) : T(-708.3964185322641);
+  const auto [r, n_shifted] = reduce_exponent<T>(x);
+  const V scale = power_of_two<T>(n_shifted);
+  return x < kMin ? V{} : scale * expm1_polynomial<T>(r) + scale;
+}
+
+// e^x and e^x - 1 for x <= 0, the latter without cancellation
+template <class V>
+struct Exponential {
+  V value, minus_one;
+};
+template <class T, class V>
+MTML_INLINE Exponential<V> exp_and_expm1_of_negative(V x) {
+  constexpr T kMin = kIsFloat<T> ? T(-20) : T(-40);  // -1 below
+  const auto [r, n_shifted] = reduce_exponent<T>(x < kMin ? all<T>(kMin) : x);
+  const V scale = power_of_two<T>(n_shifted), p = expm1_polynomial<T>(r);
+  return {scale * p + scale, scale * p + (scale - T(1))};
+}
 template <class T, class V>
 MTML_INLINE V expm1_of_negative(V x) {
-  constexpr T kMin = kIsFloat<T> ? T(-20) : T(-40);  // -1 below
-  const V clamped = x < kMin ? all<T>(kMin) : x;
-  const auto [r, n_shifted] = reduce_exponent<T>(clamped);
-  const V scale = power_of_two<T>(n_shifted);
-  return scale * expm1_polynomial<T>(r) + (scale - T(1));
+  return exp_and_expm1_of_negative<T>(x).minus_one;
 }
 
 template <class T, class V>
 MTML_INLINE V tanh_(V x) {
-  const V e = expm1_of_negative<T>(T(-2) * magnitude<T>(x));
-  return with_sign_of<T>(-e / (T(2) + e), x);
+  const Exponential<V> e = exp_and_expm1_of_negative<T>(T(-2) * magnitude<T>(x));
+  // (1 - e) / (1 + e) near zero, 1 - 2 e / (1 + e) where e is small: what is rounded is small in both
+  const auto is_small = e.value < T(0.3);
+  const V ratio = (is_small ? T(2) * e.value : -e.minus_one) / (T(1) + e.value);
+  return with_sign_of<T>(is_small ? T(1) - ratio : ratio, x);
 }
 
 template <class T, class V>
 MTML_INLINE V sigmoid_(V x) {
   return T(1) / (T(1) + exp_<T>(-x));
+}
+
+// sigmoid(x) and its derivative; rest = 1 - value and slope = value * rest are no differences of close numbers
+template <class V>
+struct Sigmoid {
+  V value, rest, slope;
+};
+template <class T, class V>
+MTML_INLINE Sigmoid<V> sigmoid_and_slope(V x) {
+  const V e = exp_<T>(-x);
+  const V value = T(1) / (T(1) + e);
+  const V rest = x < V{} ? T(1) - value : e * value;
+  return {value, rest, value * rest};
 }
 
 // 2 atanh(s), s^2 <= 1/9
@@ -181,7 +213,7 @@ MTML_INLINE V log1p_of_unit(V u) {
 // log(1 + e^-|x|): what softplus and the loss of a logit add to their straight parts
 template <class T, class V>
 MTML_INLINE V log1p_exp_of_negative_magnitude(V x) {
-  return log1p_of_unit<T>(exp_<T>(-magnitude<T>(x)));
+  return log1p_of_unit<T>(exp_of_negative<T>(-magnitude<T>(x)));
 }
 
 // log(x) for x >= 1: a sum of exponentials of which the largest is 1
@@ -199,7 +231,8 @@ MTML_INLINE V log_from_one(V x) {
   return x < all<T>(static_cast<T>(__builtin_inf())) ? value : x;  // infinity, or NaN
 }
 
-// The normal distribution at y: its density and the probability below y, which is accurate in both tails.
+// The normal distribution at y: its density and the probability below y. The relative error grows with y^2 in the
+// tails, as the rounding of y^2 does, but the probability is no difference of larger numbers there.
 template <class V>
 struct Normal {
   V density, below;
@@ -211,23 +244,24 @@ MTML_INLINE Normal<V> normal(V y) {
   constexpr T kFar = 40;
   V a = magnitude<T>(y);
   a = a > kFar ? all<T>(kFar) : a;
-  const V e = exp_<T>(T(-0.5) * a * a);
-  // P(below -a) = e^(-a^2 / 2) q(t) / (1 + a)
-  const V t = (a - T(4)) / (a + T(4));
+  const V e = exp_of_negative<T>(T(-0.5) * a * a);
+  // P(below -a) = e^(-a^2 / 2) q(t) / (4 + a), t = (a - 4) / (a + 4)
+  const V inverse = T(1) / (T(4) + a);
+  const V t = T(1) - T(8) * inverse;
   V q;
   if constexpr (kIsFloat<T>) {
-    q = polynomial(t, 0.0001005115658f, 0.0007474013189f, -0.0004014434646f, -0.005062420668f, 0.01795909906f,
-                   -0.0321833918f, 0.02859864451f, 0.01399857753f, -0.09670343643f, 0.4720532184f);
+    q = polynomial(t, -5.376394546e-5f, -0.0002375854838f, 0.0001674333931f, 0.001647264152f, -0.003486781731f,
+                   -0.007545209043f, 0.06039706001f, -0.1865213402f, 0.3871373955f, -0.6078966563f, 0.7552851304f);
   } else {
     q = polynomial(
-        t, 1.9844072305621601128e-10, 4.3472023249815079799e-9, 1.1340649996126788863e-8, -1.8881377257031631912e-8,
-        -1.0111129755671242472e-7, 2.805559682695669574e-9, 5.4321008276125774395e-7, 4.0209663796175195376e-7,
-        -2.608039199565658248e-6, -3.4305539444945168236e-6, 0.000013625128702085319014, 0.000021249416709821007055,
-        -0.000087852781004236426405, -0.000094430109323005175961, 0.00069489704592339036656, -0.00028562311726743207614,
-        -0.0050023785859874211884, 0.017936097481063275596, -0.032197837428313234873, 0.028600364053505537956,
-        0.013999634724429483717, -0.096703477326525378503, 0.47205320650984466852);
+        t, -9.6534254202285046694e-10, 7.2695454790266894559e-11, 1.3924023993501710103e-8, 1.4578593347036459717e-8,
+        -7.6380820534904503495e-8, -1.5426320536771073947e-7, 2.6368248576407625062e-7, 1.0198048518135172659e-6,
+        -6.2513210404786801933e-7, -5.9188927317632364472e-6, 7.1500559592160986612e-7, 0.00003514418115776097273,
+        -1.9078665316613574344e-6, -0.00023109481831937621135, 0.00013334425401904911618, 0.0016308184418903595964,
+        -0.0034796923622425333441, -0.0075401889655930590206, 0.060396574890699464128, -0.18652185795969416326,
+        0.3871374007422188786, -0.60789664197189175887, 0.75528513041575147989);
   }
-  const V tail = e * q / (T(1) + a);
+  const V tail = e * q * inverse;
   return {e * T(0.39894228040143267794), y < V{} ? tail : T(1) - tail};
 }
 
