@@ -228,63 +228,85 @@ void product_blocks(const RowBlock<T>* blocks, int64_t count, int64_t N, int64_t
   }
 }
 
-// the lanes' sum, by halves
-template <class T>
-MTML_INLINE T sum_of_lanes(Vector<T> value) {
-  T lanes[kLanes<T>];
-  store(lanes, value);
-  for (int64_t width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
+// rows of A and of B of a tile of dots: 25 sums, or 12
+constexpr int kDotsA = kRegisters == 32 ? 5 : 4;
+constexpr int kDotsB = kRegisters == 32 ? 5 : 3;
 
-// R x S dot products. The order of an element's sum: lane by lane, the lanes by halves, then what is left of K.
+// What the lanes of R x S dot products add up to, without the rest of K.
 template <class T, int R, int S>
-void dots_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
+void dots_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, Vector<T>* sums_out) {
   using Lanes = Vector<T>;
   Lanes sums[R * S];
   unroll<R * S>([&](auto i) { sums[i] = Lanes{}; });
-  int64_t k = 0;
-  for (; k + kLanes<T> <= K; k += kLanes<T>) {
+  // every third row has a pointer
+  constexpr int kPointersA = (R + 2) / 3, kPointersB = (S + 2) / 3;
+  const T *rows_a[kPointersA], *rows_b[kPointersB];
+  unroll<kPointersA>([&](auto g) { rows_a[g] = a + 3 * g * lda; });
+  unroll<kPointersB>([&](auto g) { rows_b[g] = b + 3 * g * ldb; });
+  for (int64_t k = K / kLanes<T>; k > 0; --k) {
     Lanes right[S];
-    unroll<S>([&](auto s) { right[s] = load<Lanes>(b + s * ldb + k); });
+    unroll<S>([&](auto s) { right[s] = load<Lanes>(rows_b[s / 3] + s % 3 * ldb); });
     unroll<R>([&](auto r) {
-      const Lanes left = load<Lanes>(a + r * lda + k);
+      const Lanes left = load<Lanes>(rows_a[r / 3] + r % 3 * lda);
       unroll<S>([&](auto s) { sums[r * S + s] += left * right[s]; });
     });
-  }
-  unroll<R>([&](auto r) {
-    unroll<S>([&](auto s) {
-      T total = sum_of_lanes<T>(sums[r * S + s]);
-      for (int64_t rest = k; rest < K; ++rest) total += a[r * lda + rest] * b[s * ldb + rest];
-      T* to = c + r * ldc + s;
-      *to = add ? *to + total : total;
+    unroll<kPointersA>([&](auto g) {
+      rows_a[g] += kLanes<T>;
+      forget(rows_a[g]);
     });
-  });
+    unroll<kPointersB>([&](auto g) {
+      rows_b[g] += kLanes<T>;
+      forget(rows_b[g]);
+    });
+  }
+  unroll<R * S>([&](auto i) { sums_out[i] = sums[i]; });
 }
+
+template <class T>
+using DotsTile = void (*)(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, Vector<T>* sums);
+
+// by the rows of A and of B
+template <class T, int R, int S>
+constexpr DotsTile<T> kDotsTile = dots_tile<T, (R < kDotsA ? R : kDotsA), (S < kDotsB ? S : kDotsB)>;
+template <class T, int R>
+constexpr DotsTile<T> kDotsTilesOfRow[] = {
+    nullptr, kDotsTile<T, R, 1>, kDotsTile<T, R, 2>, kDotsTile<T, R, 3>, kDotsTile<T, R, 4>, kDotsTile<T, R, 5>};
+template <class T>
+constexpr const DotsTile<T>* kDotsTiles[] = {nullptr,
+                                             kDotsTilesOfRow<T, 1>,
+                                             kDotsTilesOfRow<T, 2>,
+                                             kDotsTilesOfRow<T, 3>,
+                                             kDotsTilesOfRow<T, 4>,
+                                             kDotsTilesOfRow<T, 5>};
 
 // C [M, N] = A B^T (+ C where `add`): c[m, n] = sum_k a[m * lda + k] b[n * ldb + k]. Reads K elements of a row, writes
 // N of C.
 template <class T>
 void dots(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
           bool add) {
-  constexpr int R = 4, S = 3;
-  for (int64_t n = 0; n < N; n += S) {
-    const int64_t columns = N - n < S ? N - n : S;
-    const T* right = b + n * ldb;
-    for (int64_t m = 0; m < M; m += R) {
-      const int64_t rows = M - m < R ? M - m : R;
-      if (rows == R && columns == S) {
-        dots_tile<T, R, S>(K, a + m * lda, lda, right, ldb, c + m * ldc + n, ldc, add);
-        continue;
-      }
+  if (M <= 0 || N <= 0) return;
+  constexpr int Q = kQuarter<T>, kMost = (kDotsA * kDotsB + Q - 1) / Q * Q;
+  Vector<T> lanes[kMost] = {};
+  T sums[kMost];
+  const RowTiles tiles_a = row_tiles<kDotsA>(M), tiles_b = row_tiles<kDotsB>(N);
+  for (int64_t n = 0, j = 0; n < N; ++j) {
+    const int64_t columns = j < tiles_b.high ? tiles_b.rows : tiles_b.rows - 1;
+    for (int64_t m = 0, i = 0; m < M; ++i) {
+      const int64_t rows = i < tiles_a.high ? tiles_a.rows : tiles_a.rows - 1;
+      kDotsTiles<T>[rows][columns](K, a + m* lda, lda, b + n* ldb, ldb, lanes);
+      for (int64_t s = 0; s < rows * columns; s += Q) sums_of_lanes<T>(lanes + s, sums + s);
+      const T* sum = sums;
       for (int64_t r = m; r < m + rows; ++r) {
-        for (int64_t s = 0; s < columns; ++s) {
-          dots_tile<T, 1, 1>(K, a + r * lda, lda, right + s * ldb, ldb, c + r * ldc + n + s, ldc, add);
+        for (int64_t s = n; s < n + columns; ++s) {
+          T total = *sum++;
+          for (int64_t k = K / kLanes<T> * kLanes<T>; k < K; ++k) total += a[r * lda + k] * b[s * ldb + k];
+          T* to = c + r * ldc + s;
+          *to = add ? *to + total : total;
         }
       }
+      m += rows;
     }
+    n += columns;
   }
 }
 

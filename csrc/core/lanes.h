@@ -115,4 +115,30 @@ MTML_INLINE void transpose_lanes(Vector<T>* rows) {
   if constexpr (L >= 4 * Q) exchange<T, 2 * Q>(rows);
 }
 
+// the pieces of a vector by twos: of a in the even, of b in the odd places
+template <class T, int Size>
+MTML_INLINE Vector<T> add_pieces(Vector<T> a, Vector<T> b) {
+  return shuffle<T, Interleave<T, Size, false>>(a, b) + shuffle<T, Interleave<T, Size, true>>(a, b);
+}
+
+// sums[i] = the sum of the lanes of vectors[i], i < kQuarter
+template <class T>
+MTML_INLINE void sums_of_lanes(const Vector<T>* vectors, T* sums) {
+  constexpr int L = kLanes<T>, Q = kQuarter<T>;
+  // [L / Q, Q]: what each 128 bits of the vectors add up to
+  Vector<T> parts;
+  if constexpr (Q == 4) {
+    // sums of lanes 0 and 2, 1 and 3; of a and b by turns
+    parts = add_pieces<T, 2>(add_pieces<T, 1>(vectors[0], vectors[1]), add_pieces<T, 1>(vectors[2], vectors[3]));
+  } else {
+    parts = add_pieces<T, 1>(vectors[0], vectors[1]);
+  }
+  T lanes[L];
+  store(lanes, parts);
+  typedef T Quarter __attribute__((vector_size(16)));
+  Quarter total = load<Quarter>(lanes);
+  unroll<L / Q - 1>([&](auto i) { total += load<Quarter>(lanes + (i + 1) * Q); });
+  store(sums, total);
+}
+
 }  // namespace mtml::MTML_ISA
