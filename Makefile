@@ -28,8 +28,8 @@ format: $(VENV)/installed ## format Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
-bench: build ## time the operators against eager PyTorch
-	$(BIN)/python -m benchmarks.run
+bench: build ## time the operators against PyTorch, and whoever else is there, on one thread
+	$(BIN)/python -m benchmarks.run --threads 1
 
 cuda-check: ## compile every CUDA and Triton kernel without a GPU
 	@test -z "$$(find csrc mtml_fast -name '*.cu' -o -name 'triton.py')" || { echo "cuda-check: kernels without a check"; exit 1; }

@@ -4,33 +4,127 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 import mtml_fast as mf
-from mtml_fast.ops import OPERATORS, sgd_step
+from benchmarks.peers import INNER_PEERS, Build
+from mtml_fast.cli import meta_step
+from mtml_fast.cli.meta_step import MetaStep
+from mtml_fast.cli.timing import Provider
+from mtml_fast.ops import sgd_step
 from mtml_fast.ops.sgd_step.reference import sgd_step as eager_sgd_step
+from mtml_fast.tasks import TaskBatch, TaskRows
+
+SUITES = ("inner", "sgd_step")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Providers of one result; each call returns the tensors that the correctness gate compares.
+    """Providers of one result, and what it should be."""
 
-    The first provider is ours.
-    """
-
+    suite: str
     op: str
     case: str
-    mode: str  # "forward" or "full", forward and backward
-    providers: dict[str, Callable[[], Sequence[Tensor]]]
-    served_by: str
+    mode: str  # "forward", or "full": forward and backward
+    ours: dict[str, Build]  # the first is what factors are taken against
+    peers: dict[str, Build]
+    exact: Callable[[], Sequence[Tensor]]  # in float64
+    eager: Callable[[], Sequence[Tensor]]  # its error is the measure of everybody's
+    operations: int | None = field(default=None)
 
 
-def workloads() -> list[Workload]:
-    return [*_sgd_steps(), *_meta_steps()]
+def workloads(suite: str = "all") -> list[Workload]:
+    chosen = SUITES if suite == "all" else (suite,)
+    return [w for name in chosen for w in {"inner": _inner, "sgd_step": _sgd_steps}[name]()]
+
+
+# the inner loop: forward, and backward to all parameters
+
+
+def _inner():
+    for steps in (1, 5):
+        step = _sinusoid(steps)
+        yield _meta_step(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", step)
+        yield _meta_step(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps} first order", replace(step, first_order=True))
+    widths = [784, 256, 128, 64, 64, 5]
+    for norm, query, steps in itertools.product((False, True), (5, 75), (1, 5)):
+        step = MetaStep(meta_step.model(widths, norm), _drawings(32, 5, query), 0.4, steps, "cross_entropy")
+        case = f"omniglot 784-256-128-64-64-5 T=32 N=5 Q={query} K={steps}" + " batch norm" * norm
+        yield _meta_step(case, step)
+        if (norm, query, steps) == (False, 5, 5):
+            yield _meta_step(f"{case} first order", replace(step, first_order=True))
+    for steps in (5, 10):
+        step = MetaStep.random([512, 5], 32, 25, 75, lr=0.01, steps=steps)
+        yield _meta_step(f"head 512-5 T=32 N=25 Q=75 K={steps}", step)
+        yield _meta_step(f"head 512-5 T=32 N=25 Q=75 K={steps} feature gradients", _with_feature_gradients(step))
+    yield _meta_step("ragged 64-64-20 T=32 ways 2-20 shots 1-5 K=5", _ragged(5))
+
+
+def _meta_step(case: str, step: MetaStep) -> Workload:
+    ours = {"mtml_fast": lambda _: Provider(meta_step.maml(step))}
+    # the gradient of features concerns who computes them: the operator alone
+    if step.feature_gradients:
+        ours = {}
+    ours["mlp_adapt"] = lambda _: Provider(meta_step.operator(step))
+    return Workload(
+        "inner",
+        "mlp_adapt",
+        case,
+        "full",
+        ours,
+        {name: lambda settings, build=build: build(step, settings) for name, build in INNER_PEERS.items()},
+        lambda: meta_step.exact(step),
+        meta_step.torch_func(step),
+        meta_step.operations(step),
+    )
+
+
+def _sinusoid(steps: int) -> MetaStep:
+    return MetaStep(meta_step.model([1, 40, 40, 1]), mf.data.Sinusoid().sample(25), 0.01, steps, "mse")
+
+
+def _drawings(tasks: int, ways: int, query: int) -> TaskBatch:
+    """Rows like small black drawings on white: each class a tenth of the places, each row with a few changed."""
+    draws = torch.Generator().manual_seed(0)
+    classes = (torch.rand(tasks, ways, 784, generator=draws) < 0.1).float()
+
+    def rows(count: int) -> TaskRows:
+        y = (torch.arange(count) % ways).repeat(tasks, 1)
+        x = classes[:, y[0]]
+        changed = torch.rand(x.shape, generator=draws) < 0.02
+        return TaskRows(torch.where(changed, 1 - x, x), y)
+
+    return TaskBatch(rows(ways), rows(query))
+
+
+def _with_feature_gradients(step: MetaStep) -> MetaStep:
+    support, query = (
+        replace(rows, x=rows.x.clone().requires_grad_()) for rows in (step.batch.support, step.batch.query)
+    )
+    return replace(step, batch=TaskBatch(support, query), feature_gradients=True)
+
+
+def _ragged(steps: int) -> MetaStep:
+    """Tasks of 2 to 20 ways and 1 to 5 shots, with 5 query rows a way."""
+    draws = torch.Generator().manual_seed(0)
+    ways = torch.randint(2, 21, (32,), generator=draws)
+    shots = torch.randint(1, 6, (32,), generator=draws)
+    mask = torch.arange(20) < ways[:, None]
+
+    def rows(per_way: Tensor) -> TaskRows:
+        counts = ways * per_way
+        y = torch.cat([torch.arange(n) % w for n, w in zip(counts.tolist(), ways.tolist(), strict=True)])
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return TaskRows(torch.randn(len(y), 64, generator=draws), y, offsets, mask)
+
+    batch = TaskBatch(rows(shots), rows(torch.full((32,), 5)))
+    return MetaStep(meta_step.model([64, 64, 20]), batch, 0.1, steps, "cross_entropy")
+
+
+# one step on a whole parameter tree
 
 
 def _sgd_steps():
@@ -38,66 +132,47 @@ def _sgd_steps():
     shapes = [s for i, o in itertools.pairwise(widths) for s in ((o, i), (o,))]
     for tasks in (1, 32):
         for options in ({}, {"momentum": 0.9, "weight_decay": 1e-4, "clip": 10.0}):
-            generator = torch.Generator().manual_seed(0)
-            draw = lambda shape, t=tasks, g=generator: torch.randn(t, *shape, generator=g)  # noqa: E731
-            params, grads = ([draw(shape).requires_grad_() for shape in shapes] for _ in range(2))
-            cotangents = [draw(shape) for shape in shapes]
-            buffers = [draw(shape) for shape in shapes] if options else None
-            lr = torch.tensor(0.1)
-
-            def ours(params=params, grads=grads, lr=lr, buffers=buffers, options=options):
-                return sgd_step(params, grads, lr=lr, momentum_buffers=buffers, **options)[0]
-
-            def eager(params=params, grads=grads, lr=lr, buffers=buffers, options=options):
-                momentum, decay, clip = (
-                    options.get(k, d) for k, d in (("momentum", 0.0), ("weight_decay", 0.0), ("clip", None))
-                )
-                return eager_sgd_step(params, grads, [lr], buffers or [], momentum, decay, clip)[: len(params)]
-
-            def full(step, params=params, grads=grads, cotangents=cotangents):
-                results = step()
-                return torch.autograd.grad(results, [*params, *grads], cotangents)
-
             case = f"T={tasks} 784-256-128-64-64-5" + (" momentum decay clip" if options else "")
-            served = OPERATORS["sgd_step"].served_by("cpu")
-            yield Workload("sgd_step", case, "forward", {"mtml_fast": _no_grad(ours), "eager": _no_grad(eager)}, served)
-            modes = {"mtml_fast": lambda f=full, s=ours: f(s), "eager": lambda f=full, s=eager: f(s)}
-            yield Workload("sgd_step", case, "full", modes, served)
+            for mode in ("forward", "full"):
+                calls = _sgd_step_calls(shapes, tasks, options, mode)
+                yield Workload(
+                    "sgd_step",
+                    "sgd_step",
+                    case,
+                    mode,
+                    {"mtml_fast": lambda _, call=calls["ours"]: Provider(call)},
+                    {"eager": lambda _, call=calls["eager"]: Provider(call)},
+                    calls["exact"],
+                    calls["eager"],
+                )
 
 
-def _meta_steps():
-    for steps in (1, 5):
-        torch.manual_seed(0)
-        model = mf.nn.mlp(1, (40, 40), 1)
-        params = list(model.parameters())
-        batch = mf.data.Sinusoid().sample(25)
-        maml = mf.MAML(model, lr=0.01, steps=steps, loss="mse")
+def _sgd_step_calls(shapes, tasks, options, mode) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [[torch.randn(tasks, *shape, generator=generator) for shape in shapes] for _ in range(4)]
 
-        def ours(maml=maml, batch=batch, params=params):
-            return torch.autograd.grad(maml(batch).loss, params)
+    def calls(dtype):
+        params, grads, cotangents, buffers = ([t.to(dtype) for t in tensors] for tensors in drawn)
+        leaves = [t.requires_grad_() for t in (*params, *grads)]
+        buffers = buffers if options else None
+        lr = torch.tensor(0.1, dtype=dtype)
 
-        def torch_func(model=model, batch=batch, params=params, steps=steps):
-            def loss(values, x, y):
-                return (functional_call(model, values, (x,)) - y).square().mean()
+        def ours():
+            return sgd_step(params, grads, lr=lr, momentum_buffers=buffers, **options)[0]
 
-            def task(values, sx, sy, qx, qy):
-                for _ in range(steps):
-                    grads = grad(loss)(values, sx, sy)
-                    values = {name: p - 0.01 * grads[name] for name, p in values.items()}
-                return loss(values, qx, qy)
+        def eager():
+            momentum, decay, clip = (
+                options.get(k, d) for k, d in (("momentum", 0.0), ("weight_decay", 0.0), ("clip", None))
+            )
+            return eager_sgd_step(params, grads, [lr], buffers or [], momentum, decay, clip)[: len(params)]
 
-            rows = (batch.support.x, batch.support.y, batch.query.x, batch.query.y)
-            losses = vmap(task, in_dims=(None, 0, 0, 0, 0))(dict(model.named_parameters()), *rows)
-            return torch.autograd.grad(losses.mean(), params)
+        def timed(step):
+            if mode == "full":
+                return lambda: torch.autograd.grad(step(), leaves, cotangents)
+            return torch.no_grad()(step)
 
-        case = f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}"
-        served = OPERATORS["mlp_adapt"].served_by("cpu")
-        yield Workload("mlp_adapt", case, "full", {"mtml_fast": ours, "torch.func": torch_func}, served)
+        return timed(ours), timed(eager)
 
-
-def _no_grad(call):
-    def without():
-        with torch.no_grad():
-            return call()
-
-    return without
+    ours, eager = calls(torch.float32)
+    # drawn anew when asked for: the float64 copies need not stay
+    return {"ours": ours, "eager": eager, "exact": lambda: calls(torch.float64)[1]()}

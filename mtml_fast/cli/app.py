@@ -10,7 +10,7 @@ import torch
 import typer
 
 import mtml_fast
-from mtml_fast.cli import adapt, evaluate, train
+from mtml_fast.cli import adapt, bench, evaluate, train
 
 app = typer.Typer(
     help="Multi-task meta-learning: train, evaluate and adapt.",
@@ -24,6 +24,7 @@ app.command("evaluate", epilog="Example: mtml-fast evaluate runs/omniglot --spli
 app.command("adapt", epilog="Example: mtml-fast adapt runs/omniglot --support mine.npz --query new.npz --out adapted")(
     adapt.adapt
 )
+app.command("bench", epilog="Example: mtml-fast bench --widths 784,256,5 --tasks 32 --support 5 --steps 5")(bench.bench)
 
 
 @app.command("env", epilog="Example: mtml-fast env")

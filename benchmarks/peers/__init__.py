@@ -1,0 +1,42 @@
+"""Who else computes a meta-step: each in its best idiom, and a reason in one line where somebody cannot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mtml_fast.cli.timing import Provider
+
+__all__ = ["INNER_PEERS", "Build", "Settings", "Unavailable"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    threads: int = 1
+    compile_limit: float = 180.0  # seconds
+    jax: str | None = os.environ.get("MTML_FAST_JAX_PYTHON")  # a Python that has JAX
+
+
+class Unavailable(Exception):
+    """Why a peer is left out; `recorded` where that is a result of its own."""
+
+    def __init__(self, reason: str, recorded: bool = False):
+        super().__init__(reason)
+        self.recorded = recorded
+
+
+Build = Callable[[Settings], Provider]
+
+# below, since they use the names above
+from benchmarks.peers import eager, jax_jit, loops  # noqa: E402
+
+INNER_PEERS = {
+    "bmm": eager.bmm,
+    "torch.func": eager.torch_func,
+    "torch.func compiled": eager.compiled_torch_func,
+    "jax": jax_jit.jax,
+    "higher": loops.higher,
+    "TorchOpt": loops.torchopt,
+    "learn2learn": loops.learn2learn,
+}
