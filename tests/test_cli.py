@@ -114,6 +114,13 @@ def test_a_preset_trains_and_keeps_its_result(capsys, tmp_path, monkeypatch):
     assert figure.groups() == (f"{key['mean']:.3f}", f"{key['ci95']:.3f}")
     assert run(capsys, "evaluate", tmp_path).splitlines()[-1] == last
 
+    command = [sys.executable, Path(__file__).parents[1] / "docs/results_table.py", tmp_path, tmp_path]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    head, row, mean = (dict(enumerate(lines[i].strip("| ").split(" | "))) for i in (3, 5, 7))
+    (place,) = (i for i, name in head.items() if name == "MSE, 5 shots, 2 steps")
+    assert (row[0], row[1], row[place]) == ("2", "4", f"{key['mean']:.3f} ± {key['ci95']:.3f}")
+    assert (mean[0], mean[place]) == ("mean of 2", f"{key['mean']:.3f} (s 0.000)")
+
 
 def test_env_prints_the_operators(capsys):
     assert "mlp_adapt" in run(capsys, "env")
