@@ -64,10 +64,12 @@ class Draws:
         """
         last = np.asarray(bound, np.int64)[..., None] - count + np.arange(count)  # [..., count]
         picks = self.integers(last + 1, *shape, count)
-        last = np.broadcast_to(last, picks.shape)
+        # the picks of all tasks side by side, [count, T, *shape], which NumPy compares many at a time
+        columns = np.ascontiguousarray(np.moveaxis(picks, -1, 0))
+        last = np.moveaxis(np.broadcast_to(last, picks.shape), -1, 0)
         for i in range(1, count):
-            taken = (picks[..., :i] == picks[..., i : i + 1]).any(-1)
-            np.copyto(picks[..., i], last[..., i], where=taken)
+            np.copyto(columns[i], last[i], where=(columns[:i] == columns[i]).any(0))
+        picks = np.moveaxis(columns, 0, -1)
         # floyd's set is uniform, its order is not
         return np.take_along_axis(picks, self.bits(*shape, count).argsort(-1), -1)
 
