@@ -41,8 +41,9 @@ struct Product {
   int64_t k;
 };
 
-// what an element of C is before the first term: 0, the element of one row that serves all rows, or itself
-enum Start { kZero, kRow, kAdd };
+// what an element of C is before the first term: 0, the element of one row that serves all rows, itself (kAdd), or
+// the element of a matrix of C's shape and ldc, to which `row` points then
+enum Start { kZero, kRow, kAdd, kMatrix };
 
 // rows of one task: their left operand, C, and the row to start from
 template <class T>
@@ -91,8 +92,8 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
   T* c = to.c + m * to.ldc + panel * kPanel<T>;
 
   Lanes sums[R * V];
-  if (to.start == kAdd) {
-    const T* from = c;
+  if (to.start == kAdd || to.start == kMatrix) {
+    const T* from = to.start == kAdd ? c : to.row + m * to.ldc + panel * kPanel<T>;
     unroll<R>([&](auto r) {
       unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(from + v * L); });
       from += to.ldc;
