@@ -1,32 +1,15 @@
 #include "mlp_adapt.h"
 
 #include <algorithm>
-#include <memory>
 #include <sstream>
 #include <vector>
 
 #include "isa/choose.h"
+#include "memory.h"
 #include "mlp_adapt_plan.h"
 
 namespace mtml {
 namespace {
-
-// Arrays begin at a cache line.
-template <class T>
-class Memory {
- public:
-  explicit Memory(int64_t elements)
-      : data_(elements > 0 ? static_cast<T*>(::operator new(elements * sizeof(T), kAlign)) : nullptr) {}
-  Memory(const Memory&) = delete;
-  ~Memory() {
-    if (data_) ::operator delete(data_, kAlign);
-  }
-  operator T*() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  T* data_;
-};
 
 // State and cotangents of a chunk of tasks stay within this where the forward sweep's state is not kept.
 constexpr int64_t kChunkBytes = int64_t{256} << 20;
@@ -223,7 +206,7 @@ class Run {
       }
       const MlpLayer& first = run.owned.layers[0];
       T* gradient = run.a.params[first.weight].gradient;
-      if (!weight.empty() && gradient) copy({first.out, first.in, first.ld_in, 0}, weight.data(), gradient);
+      if (!weight.empty() && gradient) copy({first.out, first.in, first.ld_in, 0, false, true}, weight.data(), gradient);
     }
 
    private:
@@ -235,7 +218,11 @@ class Run {
     }
     static void copy(const Place& place, const T* from, T* to) {
       for (int64_t row = 0; row < place.rows; ++row) {
-        std::copy_n(from + row * place.ld, place.cols, to + row * place.cols);
+        if (!place.transposed) {
+          std::copy_n(from + row * place.ld, place.cols, to + row * place.cols);
+          continue;
+        }
+        for (int64_t col = 0; col < place.cols; ++col) to[col * place.rows + row] = from[row * place.ld + col];
       }
     }
   };

@@ -90,6 +90,7 @@ OwnedPlan make_plan(const PlanRequest& r) {
   const bool by_element = std::any_of(r.rate_by_element.begin(), r.rate_by_element.end(), [](bool b) { return b; });
   plan.plain = o.momentum == 0 && o.weight_decay == 0 && !clips;
   plan.theta_per_task = std::any_of(r.per_task.begin(), r.per_task.end(), [](bool own) { return own; });
+  plan.direct = plan.plain && !by_element;
   plan.needs_gradient = clips || (r.wants_rates && o.momentum == 0);
   // the adapted weight itself is what was asked for, or what the step works on
   const bool only_dense = !plan.plain || plan.theta_per_task || r.wants_fast || by_element;
@@ -104,8 +105,8 @@ OwnedPlan make_plan(const PlanRequest& r) {
 
   // ---- forms, and the parameter vector
   int64_t at = 0, param = 0;
-  auto place = [&](int64_t rows, int64_t cols, bool dense) {
-    result.places.push_back({rows, cols, pad(cols), dense ? at : kAbsent});
+  auto place = [&](int64_t rows, int64_t cols, bool dense, bool transposed, bool is_weight) {
+    result.places.push_back({rows, cols, pad(cols), dense ? at : kAbsent, transposed, is_weight});
     result.num_elements += rows * cols;
     if (dense) at += rows * pad(cols);
     ++param;
@@ -139,17 +140,20 @@ OwnedPlan make_plan(const PlanRequest& r) {
       const bool wins = cost.factored(l, layer.moves) < dense;
       if ((wins || forced("factored")) && !forced("dense")) layer.form = Form::kFactored;
     }
-    layer.weight_at = place(layer.out, layer.in, layer.form == Form::kDense);
+    const bool is_dense = layer.form == Form::kDense;
+    layer.transposed = is_dense && l == 0 && !r.rate_by_element[param];
+    layer.weight_at = layer.transposed ? place(layer.in, layer.out, true, true, true)
+                                       : place(layer.out, layer.in, is_dense, false, true);
     layer.bias = layer.gain = layer.shift = layer.bias_at = layer.gain_at = layer.shift_at = kAbsent;
     if (o.bias) {
       layer.bias = param;
-      layer.bias_at = place(1, layer.out, true);
+      layer.bias_at = place(1, layer.out, true, false, false);
     }
     if (o.norm && layer.hidden) {
       layer.gain = param;
-      layer.gain_at = place(1, layer.out, true);
+      layer.gain_at = place(1, layer.out, true, false, false);
       layer.shift = param;
-      layer.shift_at = place(1, layer.out, true);
+      layer.shift_at = place(1, layer.out, true, false, false);
     }
     plan.widest = std::max({plan.widest, layer.ld_in, layer.ld_out});
     result.layers.push_back(layer);
@@ -158,7 +162,8 @@ OwnedPlan make_plan(const PlanRequest& r) {
   plan.copies_x = false;
   {
     const MlpLayer& first = result.layers[0];
-    const bool as_right_operand = first.form == Form::kDense || first.query_dense || wants_features;
+    const bool dense_by_rows = first.form == Form::kDense && !first.transposed;
+    const bool as_right_operand = dense_by_rows || first.query_dense || (wants_features && first.form == Form::kGram);
     plan.copies_x = first.ld_in != first.in && as_right_operand;
   }
 
@@ -229,7 +234,7 @@ OwnedPlan make_plan(const PlanRequest& r) {
   for (MlpLayer& x : result.layers) {
     x.packed_in = x.packed_out = kAbsent;
     if (x.form == Form::kDense) {
-      x.packed_in = take(x.in * x.ld_out);
+      x.packed_in = take_if(!x.transposed, x.in * x.ld_out);
     } else {
       if (x.form == Form::kFactored || !x.first_dots) x.packed_in = take(r.packed_size(x.in, x.out));
       if (x.form == Form::kFactored || wants_features) x.packed_out = take(r.packed_size(x.out, x.in));
@@ -244,8 +249,9 @@ OwnedPlan make_plan(const PlanRequest& r) {
   plan.t_b = take(rows * plan.widest);
   plan.t_c = take(rows * plan.widest);
   plan.t_d = take(rows * plan.widest);
+  plan.t_scaled = take(std::max<int64_t>(N, 1) * plan.widest);
   for (const MlpLayer& x : result.layers) {
-    if (x.form == Form::kDense) plan.largest_dense = std::max(plan.largest_dense, x.in * x.ld_out);
+    if (x.form == Form::kDense && !x.transposed) plan.largest_dense = std::max(plan.largest_dense, x.in * x.ld_out);
   }
   plan.t_wt = take(plan.largest_dense);
   plan.t_vt = take(plan.largest_dense);

@@ -167,7 +167,7 @@ class Sweep {
 
   // theta_{k+1}
   void step(Task<T>& task, int64_t k) {
-    gradient(c, task, k, /*norms=*/false);
+    gradient(c, task, k, /*weights=*/!plan.direct, /*norms=*/false);
     update(c, task, k);
     const MlpLayer& first = layer(0);
     if (first.form == Form::kGram && first.moves) {
@@ -237,7 +237,7 @@ class Sweep {
     T* to = a.fast + task.t * c.num_elements;
     for (int64_t p = 0; p < a.num_params; ++p) {
       const Place& place = c.places[p];
-      copy_rows(place.rows, place.cols, theta + place.at, place.ld, to, place.cols);
+      from_place(place, theta, to);
       to += place.rows * place.cols;
     }
   }
@@ -264,7 +264,7 @@ class Sweep {
     const T* from = a.d_fast + task.t * c.num_elements;
     for (int64_t p = 0; p < a.num_params; ++p) {
       const Place& place = c.places[p];
-      copy_rows(place.rows, place.cols, from, place.cols, task.kept + plan.u + place.at, place.ld);
+      to_place(place, from, task.kept + plan.u);
       from += place.rows * place.cols;
     }
   }
@@ -455,8 +455,7 @@ class Sweep {
         const MlpParameter<T>& param = a.params[p];
         const Place& place = c.places[p];
         if (!param.gradient || param.task_stride == 0) continue;
-        copy_rows(place.rows, place.cols, task.kept + plan.u + place.at, place.ld,
-                  param.gradient + task.t * place.rows * place.cols, place.cols);
+        from_place<T>(place, task.kept + plan.u, param.gradient + task.t * place.rows * place.cols);
       }
     }
   }

@@ -22,6 +22,7 @@ struct MlpLayer {
   Form form;
   bool moves;        // the inner loop moves the weight
   bool hidden;       // activation (and norm) behind it
+  bool transposed;   // dense, first: its matrix in a parameter vector is W^T, which its products ask for
   bool query_dense;  // gram: the query rows meet the adapted weight itself, not the Gram matrix of query and support
   bool first_dots;   // gram: its first product is the task's own, by dot products; else one product of all rows
   int64_t in, out, ld_in, ld_out;
@@ -58,6 +59,7 @@ struct MlpPlan {
   bool plain;           // p' = p - a g with one rate a tensor: no momentum, decay or clipping
   bool theta_per_task;  // some parameter has a start per task
   bool needs_gradient;  // the backward sweep needs the inner gradient itself
+  bool direct;          // plain, and rates by parameter: weights move by products alone, without gradient or direction
   bool copies_x;
   int64_t theta_size;     // of one parameter vector
   int64_t largest_dense;  // elements of the largest transposed dense weight
@@ -77,6 +79,7 @@ struct MlpPlan {
   int64_t shared_size;
   // in a task's temporaries
   int64_t t_a, t_b, t_c, t_d;  // [max(N, Q)][widest]
+  int64_t t_scaled;  // -a D: [N][widest]
   int64_t t_wt, t_vt;          // largest dense weight, transposed
   int64_t t_grad, t_r, t_w;    // parameter vectors: gradient, direction, momentum (its cotangent in backward)
   int64_t t_small;             // [max(N, Q)][ld of the widest set of factors]
@@ -90,9 +93,11 @@ struct MlpPlan {
   double operations;  // multiply-adds counted twice, forward and backward
 };
 
-// A parameter as a padded matrix inside a parameter vector; at = kAbsent: a weight that is not kept densely.
+// A parameter as a padded matrix inside a parameter vector, where a weight may lie transposed to what the user gave;
+// at = kAbsent: a weight that is not kept densely.
 struct Place {
   int64_t rows, cols, ld, at;
+  bool transposed, is_weight;
 };
 
 // One call, as the core sees it.

@@ -51,6 +51,20 @@ void shared_product(const Task<T>* tasks, int64_t count, const T* packed, int64_
 
 // ---- the Gram form of the first layer
 
+// X X^T, of which strips right of the diagonal are computed and the rest mirrored
+template <class T>
+void gram_matrix(const Task<T>& task, int64_t features, T* gram, int64_t ld) {
+  constexpr int64_t kStrip = 8;
+  for (int64_t row = 0; row < task.n; row += kStrip) {
+    const int64_t rows = task.n - row < kStrip ? task.n - row : kStrip;
+    const T* x = task.x + row * task.ld_x;
+    dots<T>(rows, task.n - row, features, x, task.ld_x, x, task.ld_x, gram + row * ld + row, ld, false);
+    for (int64_t i = row; i < row + rows; ++i) {
+      for (int64_t j = row + rows; j < task.n; ++j) gram[j * ld + i] = gram[i * ld + j];
+    }
+  }
+}
+
 template <class T>
 void start_gram(const MlpCall<T>& c, Task<T>& task) {
   const MlpArguments<T>& a = *c.arguments;
@@ -63,7 +77,7 @@ void start_gram(const MlpCall<T>& c, Task<T>& task) {
   }
   if (!L.moves) return;
   fill(task.n * L.ld_out, task.temp + plan.t_esum, T(0));
-  dots<T>(task.n, task.n, L.in, task.x, task.ld_x, task.x, task.ld_x, task.state + L.gram, plan.small_ld, false);
+  gram_matrix(task, L.in, task.state + L.gram, plan.small_ld);
   if (!L.query_dense) {
     dots<T>(task.q, task.n, L.in, task.xq, task.ld_x, task.x, task.ld_x, task.state + L.cross, plan.small_ld, false);
   }
@@ -133,6 +147,7 @@ void query_part_of_direction(const MlpCall<T>& c, Task<T>& task) {
 // the dense W_k^T [in][ld_out]
 template <class T>
 const T* transposed_weight(const MlpCall<T>& c, Task<T>& task, const MlpLayer& L, int64_t k) {
+  if (L.transposed) return task.theta(c, k) + L.weight_at;
   if ((k == 0 || !L.moves) && !c.plan->theta_per_task) return c.shared + L.packed_in;
   T* to = task.temp + c.plan->t_wt;
   transpose<T>(L.out, L.in, task.theta(c, k) + L.weight_at, L.ld_in, T(1), to, L.ld_out);
@@ -255,6 +270,20 @@ void input_times_cotangent(const MlpCall<T>& c, const Task<T>& task, const MlpLa
   add_factored_cotangent(c, task, L, k, static_cast<const T*>(task.support(L.h, k, L.ld_in)), false, T(1), hu);
 }
 
+// the dense V^T [in][ld_out]
+template <class T>
+const T* transposed_direction(const MlpCall<T>& c, const Task<T>& task, const MlpLayer& L, int64_t k) {
+  const T* direction = task.temp + c.plan->t_r + L.weight_at;
+  if (L.transposed) return direction;
+  T* to = task.temp + c.plan->t_vt;
+  if (c.plan->direct) {
+    transpose<T>(L.out, L.in, task.kept + c.plan->u + L.weight_at, L.ld_in, -rate(c, L.weight, k), to, L.ld_out);
+  } else {
+    transpose<T>(L.out, L.in, direction, L.ld_in, T(1), to, L.ld_out);
+  }
+  return to;
+}
+
 // out = R z = Rh W_k^T + H V^T + v_b, with `in` = Rh; null in the first layer, whose input is fixed
 template <class T>
 void linear_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count, int64_t l, int64_t k) {
@@ -275,9 +304,7 @@ void linear_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count, int64_t 
       const int64_t ld = l == 0 ? task.ld_x : L.ld_in;
       Product<T> moved{{h, ld, 1}, {}, 0};
       if (L.moves) {
-        T* vt = task.temp + plan.t_vt;
-        transpose<T>(L.out, L.in, task.temp + plan.t_r + L.weight_at, L.ld_in, T(1), vt, L.ld_out);
-        moved.b = by_rows<T>(vt, L.ld_out);
+        moved.b = by_rows<T>(transposed_direction(c, task, L, k), L.ld_out);
         moved.k = L.in;
       }
       if (l == 0) {
@@ -327,11 +354,21 @@ void linear_backward_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count,
   for (int64_t i = 0; i < count; ++i) {
     Task<T>& task = tasks[i];
     const T* d = task.support(L.d, k, L.ld_out);
+    if (L.transposed) {
+      T* out = task.temp + plan.t_xs;
+      dots<T>(task.n, L.in, L.out, task.in, L.ld_out, task.theta(c, k) + L.weight_at, L.ld_out, out, L.ld_in, true);
+      if (!L.moves) continue;
+      dots<T>(task.n, L.in, L.out, d, L.ld_out, task.temp + plan.t_r + L.weight_at, L.ld_out, out, L.ld_in, true);
+      continue;
+    }
     if (L.form == Form::kDense) {
       T* out = l == 0 ? task.temp + plan.t_xs : task.out;
+      const bool scales = plan.direct && L.moves;
+      const T* along = scales ? scaled_derivative(c, task, L, k) : d;
+      const T* v = (scales ? task.kept + plan.u : task.temp + plan.t_r) + L.weight_at;
       product<T>(task.n, L.in, out, L.ld_in, l == 0 ? kAdd : kZero, nullptr,
                  {{task.in, L.ld_out, 1}, by_rows(task.theta(c, k) + L.weight_at, L.ld_in), L.out},
-                 {{d, L.ld_out, 1}, by_rows<T>(task.temp + plan.t_r + L.weight_at, L.ld_in), L.moves ? L.out : 0});
+                 {{along, L.ld_out, 1}, by_rows(v, L.ld_in), L.moves ? L.out : 0});
       continue;
     }
     add_moved(c, task, L, k, task.in, task.support(L.d, 0, L.ld_out), L.out, L.ld_out, task.support(L.h, 0, L.ld_in),
@@ -348,6 +385,11 @@ void weight_cotangent(const MlpCall<T>& c, Task<T>& task, const MlpLayer& L, int
   if (L.form == Form::kGram) add_scaled(task.n * L.ld_out, T(1), task.in, task.kept + L.row_sum);
   if (L.form != Form::kDense) return;
   T* u = task.kept + c.plan->u + L.weight_at;
+  if (L.transposed) {
+    product<T>(L.in, L.out, u, L.ld_out, kAdd, nullptr,
+               {{task.x, 1, task.ld_x}, by_rows(task.in, L.ld_out), task.n});
+    return;
+  }
   const Left<T> rd{task.in, 1, L.ld_out};
   if (!rh) {
     product<T>(L.out, L.in, u, L.ld_in, kAdd, nullptr, {rd, by_rows(task.x, task.ld_x), task.n});
@@ -366,6 +408,11 @@ void weight_cotangent_query(const MlpCall<T>& c, Task<T>& task, const MlpLayer& 
     return;
   }
   T* u = task.kept + (L.query_dense ? L.weight_u : c.plan->u + L.weight_at);
+  if (L.transposed) {
+    product<T>(L.in, L.out, u, L.ld_out, kAdd, nullptr,
+               {{input, 1, ld_input}, by_rows<T>(task.delta, L.ld_out), task.q});
+    return;
+  }
   product<T>(L.out, L.in, u, L.ld_in, kAdd, nullptr, {{task.delta, 1, L.ld_out}, by_rows(input, ld_input), task.q});
 }
 
@@ -374,6 +421,11 @@ template <class T>
 void query_feature_cotangent(const MlpCall<T>& c, Task<T>& task, int64_t k) {
   const MlpLayer& L = c.plan->layers[0];
   if (L.form == Form::kGram && !L.query_dense) return;
+  if (L.transposed) {
+    dots<T>(task.q, L.in, L.out, task.delta, L.ld_out, task.theta(c, k) + L.weight_at, L.ld_out,
+            task.temp + c.plan->t_xq, L.ld_in, true);
+    return;
+  }
   const T* weight = L.query_dense ? task.state + L.query_weight : task.theta(c, k) + L.weight_at;
   product<T>(task.q, L.in, task.temp + c.plan->t_xq, L.ld_in, kAdd, nullptr,
              {{task.delta, L.ld_out, 1}, by_rows(weight, L.ld_in), L.out});

@@ -15,7 +15,7 @@ void mlp_prepare(const MlpCall<T>& c) {
     const MlpLayer& L = plan.layers[l];
     const T* weight = c.arguments->params[L.weight].start;
     if (L.form == Form::kDense) {
-      if (!plan.theta_per_task) transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
+      if (!plan.theta_per_task && !L.transposed) transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
       continue;
     }
     // panels of W^T [in, out] and of W [out, in]

@@ -116,27 +116,43 @@ MTML_INLINE T rate(const MlpCall<T>& c, int64_t p, int64_t k) {
   return param.rate[k * param.rate_step];
 }
 
+// a parameter from the user's array to its place in a vector, and back
+template <class T>
+void to_place(const Place& place, const T* from, T* vector) {
+  if (place.transposed) return transpose<T>(place.cols, place.rows, from, place.rows, T(1), vector + place.at, place.ld);
+  copy_rows(place.rows, place.cols, from, place.cols, vector + place.at, place.ld);
+}
+template <class T>
+void from_place(const Place& place, const T* vector, T* to) {
+  const T* from = vector + place.at;
+  if (!place.transposed) return copy_rows(place.rows, place.cols, from, place.ld, to, place.cols);
+  for (int64_t row = 0; row < place.cols; ++row) {
+    for (int64_t col = 0; col < place.rows; ++col) to[row * place.rows + col] = from[col * place.ld + row];
+  }
+}
+
 // theta_0 of a task, or (t = 0) that of all tasks
 template <class T>
 void gather_theta(const MlpCall<T>& c, int64_t t, T* theta) {
   for (int64_t p = 0; p < c.arguments->num_params; ++p) {
-    const Place& place = c.places[p];
-    if (place.at == kAbsent) continue;
     const MlpParameter<T>& param = c.arguments->params[p];
-    copy_rows(place.rows, place.cols, param.start + t * param.task_stride, place.cols, theta + place.at, place.ld);
+    if (c.places[p].at != kAbsent) to_place(c.places[p], param.start + t * param.task_stride, theta);
   }
 }
 
 // The inner gradient at theta_k, by the derivatives d of the layers' outputs; gain and shift come from the backward
-// half of the norm, and are done again where that was long ago (`norms`).
+// half of the norm, and are done again where that was long ago (`norms`). Those of weights may be left out.
 template <class T>
-void gradient(const MlpCall<T>& c, const Task<T>& task, int64_t k, bool norms) {
+void gradient(const MlpCall<T>& c, const Task<T>& task, int64_t k, bool weights, bool norms) {
   const MlpPlan& plan = *c.plan;
   T* grad = task.temp + plan.t_grad;
   for (int64_t l = 0; l < plan.num_layers; ++l) {
     const MlpLayer& L = plan.layers[l];
     const T* d = task.support(L.d, k, L.ld_out);
-    if (L.form == Form::kDense && L.moves) {
+    if (L.transposed && L.moves && weights) {
+      product<T>(L.in, L.out, grad + L.weight_at, L.ld_out, kZero, nullptr,
+                 {{task.x, 1, task.ld_x}, {d, L.ld_out, kPanel<T>}, task.n});
+    } else if (L.form == Form::kDense && L.moves && weights) {
       const T* h = l == 0 ? task.x : task.support(L.h, k, L.ld_in);
       const int64_t ld = l == 0 ? task.ld_x : L.ld_in;
       product<T>(L.out, L.in, grad + L.weight_at, L.ld_in, kZero, nullptr,
@@ -182,6 +198,30 @@ MTML_INLINE void for_elements(const MlpParameter<T>& param, const Place& place, 
   }
 }
 
+// -a D of step k
+template <class T>
+const T* scaled_derivative(const MlpCall<T>& c, const Task<T>& task, const MlpLayer& L, int64_t k) {
+  T* scaled = task.temp + c.plan->t_scaled;
+  const T factor = -rate(c, L.weight, k);
+  const T* d = task.support(L.d, k, L.ld_out);
+  for_each<T>(task.n * L.ld_out, [&](int64_t i, auto lane) { store(scaled + i, factor * load<decltype(lane)>(d + i)); });
+  return scaled;
+}
+
+// W_{k+1} = W_k - a D^T H of a dense layer, in one product
+template <class T>
+void update_weight(const MlpCall<T>& c, const Task<T>& task, const MlpLayer& L, int64_t k, T* next) {
+  const T* theta = task.theta(c, k);
+  const T* scaled = scaled_derivative(c, task, L, k);
+  if (L.transposed) {
+    return product<T>(L.in, L.out, next + L.weight_at, L.ld_out, kMatrix, theta + L.weight_at,
+                      {{task.x, 1, task.ld_x}, {scaled, L.ld_out, kPanel<T>}, task.n});
+  }
+  const T* h = task.support(L.h, k, L.ld_in);
+  product<T>(L.out, L.in, next + L.weight_at, L.ld_in, kMatrix, theta + L.weight_at,
+             {{scaled, 1, L.ld_out}, {h, L.ld_in, kPanel<T>}, task.n});
+}
+
 // theta_{k+1} = theta_k - a m, m = momentum * m + scale * g + weight_decay * theta_k
 template <class T>
 void update(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
@@ -196,7 +236,7 @@ void update(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
   for (int64_t p = 0; p < a.num_params; ++p) {
     const MlpParameter<T>& param = a.params[p];
     const Place& place = c.places[p];
-    if (place.at == kAbsent) continue;
+    if (place.at == kAbsent || (plan.direct && param.moves && place.is_weight)) continue;
     if (!param.moves) {
       copy(place.rows * place.ld, theta + place.at, next + place.at);
     } else if (plan.plain) {
@@ -215,6 +255,12 @@ void update(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
         }
         store(next + i, load<V>(theta + i) - rate * d);
       });
+    }
+  }
+  if (plan.direct) {
+    for (int64_t l = 0; l < plan.num_layers; ++l) {
+      const MlpLayer& L = plan.layers[l];
+      if (L.form == Form::kDense && L.moves) update_weight(c, task, L, k, next);
     }
   }
   if (m && plan.velocity != kAbsent) copy(plan.theta_size, m, task.state + plan.velocity + k * plan.theta_size);
@@ -236,7 +282,7 @@ void direction(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
   const T momentum = static_cast<T>(a.options.momentum), decay = static_cast<T>(a.options.weight_decay);
   const T* grad = nullptr;
   if (plan.needs_gradient) {
-    gradient(c, task, k, /*norms=*/true);
+    gradient(c, task, k, /*weights=*/true, /*norms=*/true);
     grad = task.temp + plan.t_grad;
   }
 
@@ -303,6 +349,8 @@ void direction(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
       }
       if (param.rate_sums) param.rate_sums[task.t * a.options.steps + k] = -total;
     }
+    // where steps are products, the weight's own cotangent is scaled on the way into them
+    if (plan.direct && place.is_weight && !place.transposed) continue;
     if (plan.plain) {
       for_elements(param, place, k, [&](int64_t i, auto lane, auto rate) {
         using V = decltype(lane);
