@@ -99,7 +99,7 @@ struct ActivationOf<Activation::kSilu, T> : Smooth<ActivationOf<Activation::kSil
   }
 };
 
-// torch goes over to the identity at y = 20
+// Torch goes over to the identity behind y = 20, in its second derivative at 20 already.
 template <class T>
 struct ActivationOf<Activation::kSoftplus, T> : Smooth<ActivationOf<Activation::kSoftplus, T>, T> {
   using V = Vector<T>;
@@ -110,7 +110,7 @@ struct ActivationOf<Activation::kSoftplus, T> : Smooth<ActivationOf<Activation::
     return y > kThreshold ? y : curved;
   }
   static MTML_INLINE V d1(V y, V) { return y > kThreshold ? all<T>(1) : sigmoid_and_slope<T>(y).value; }
-  static MTML_INLINE V d2(V y, V) { return y > kThreshold ? V{} : sigmoid_and_slope<T>(y).slope; }
+  static MTML_INLINE V d2(V y, V) { return y >= kThreshold ? V{} : sigmoid_and_slope<T>(y).slope; }
 };
 
 // y P(standard normal < y)

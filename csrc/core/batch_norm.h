@@ -31,7 +31,8 @@ MTML_INLINE void for_channels(int64_t ld, F f) {
   if (c + L <= ld) f(c, Index<1>{});
 }
 
-// sums[k] = the sum of f(i, Index<k>{}) over 0 <= i < rows: short sums that go into a total
+// sums[k] = f(i, Index<k>{}, ...f(0, Index<k>{}, 0)...) for i < rows: f adds a row's term to what it is given. Short
+// sums that go into a total.
 template <int W, class V, class F>
 MTML_INLINE void sum_over_rows(int64_t rows, V (&sums)[W], F f) {
   unroll<W>([&](auto k) { sums[k] = V{}; });
@@ -39,7 +40,7 @@ MTML_INLINE void sum_over_rows(int64_t rows, V (&sums)[W], F f) {
     const int64_t end = i + kShortSum < rows ? i + kShortSum : rows;
     V part[W];
     unroll<W>([&](auto k) { part[k] = V{}; });
-    for (; i < end; ++i) unroll<W>([&](auto k) { part[k] += f(i, k); });
+    for (; i < end; ++i) unroll<W>([&](auto k) { part[k] = f(i, k, part[k]); });
     unroll<W>([&](auto k) { sums[k] += part[k]; });
   }
 }
@@ -49,17 +50,19 @@ void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
+  // <squares> + eps, in an order that no compiler contracts in one place and not in the other
+  const T sum_of_eps = static_cast<T>(eps * static_cast<double>(N));
   for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V mean[W], scale[W];
-    sum_over_rows(N, mean, [&](int64_t i, auto k) { return load<V>(z + i * ld + c + k * L); });
+    sum_over_rows(N, mean, [&](int64_t i, auto k, V sum) { return sum + load<V>(z + i * ld + c + k * L); });
     unroll<W>([&](auto k) { mean[k] *= mean_of; });
-    sum_over_rows(N, scale, [&](int64_t i, auto k) {
+    sum_over_rows(N, scale, [&](int64_t i, auto k, V sum) {
       const V centered = load<V>(z + i * ld + c + k * L) - mean[k];
-      return centered * centered;
+      return sum + centered * centered;
     });
     unroll<W>([&](auto k) {
-      scale[k] = T(1) / sqrt_<T>(scale[k] * mean_of + static_cast<T>(eps));
+      scale[k] = T(1) / sqrt_<T>((scale[k] + sum_of_eps) * mean_of);
       store(r + c + k * L, scale[k]);
     });
     V g[W], b[W];
@@ -87,9 +90,9 @@ void batch_norm_backward(int64_t N, int64_t ld, const T* d, const T* xh, const T
   for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W];  // of d, then of d * xh
-    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+    sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
       const int64_t at = i * ld + c + k % W * L;
-      return k < W ? load<V>(d + at) : load<V>(d + at) * load<V>(xh + at);
+      return k < W ? sum + load<V>(d + at) : sum + load<V>(d + at) * load<V>(xh + at);
     });
     V scale[W];
     unroll<W>([&](auto k) {
@@ -118,9 +121,9 @@ void batch_norm_tangent(int64_t N, int64_t ld, const T* Rz, const T* xh, const T
   for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W];  // of Rz, then of Rz * xh
-    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+    sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
       const int64_t at = i * ld + c + k % W * L;
-      return k < W ? load<V>(Rz + at) : load<V>(Rz + at) * load<V>(xh + at);
+      return k < W ? sum + load<V>(Rz + at) : sum + load<V>(Rz + at) * load<V>(xh + at);
     });
     unroll<2 * W>([&](auto k) { sums[k] *= mean_of; });
     V scale[W], g[W], Rg[W], Rb[W];
@@ -154,13 +157,19 @@ void batch_norm_backward_tangent(int64_t N, int64_t ld, const T* d, const T* Rd,
   for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W], Rsums[2 * W];  // of d and d * xh, and of their tangents
-    sum_over_rows(N, sums, [&](int64_t i, auto k) {
+    sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
       const int64_t at = i * ld + c + k % W * L;
-      return k < W ? load<V>(d + at) : load<V>(d + at) * load<V>(xh + at);
+      return k < W ? sum + load<V>(d + at) : sum + load<V>(d + at) * load<V>(xh + at);
     });
-    sum_over_rows(N, Rsums, [&](int64_t i, auto k) {
+    sum_over_rows(N, Rsums, [&](int64_t i, auto k, V sum) {
       const int64_t at = i * ld + c + k % W * L;
-      return k < W ? load<V>(Rd + at) : load<V>(Rd + at) * load<V>(xh + at) + load<V>(d + at) * load<V>(Rxh + at);
+      if constexpr (k < W) {
+        return sum + load<V>(Rd + at);
+      } else {
+        // one product after the other: a sum of two could be contracted in two ways
+        sum += load<V>(Rd + at) * load<V>(xh + at);
+        return sum + load<V>(d + at) * load<V>(Rxh + at);
+      }
     });
     V scale[W], Rscale[W];  // gain * r and its tangent
     unroll<W>([&](auto k) {
