@@ -89,14 +89,15 @@ template <class T, int R, int V>
 void tile(const Output<T>& to, int64_t m, int64_t panel) {
   using Lanes = Vector<T>;
   constexpr int64_t L = kLanes<T>;
-  T* c = to.c + m * to.ldc + panel * kPanel<T>;
+  const int64_t ldc = to.ldc;
+  T* c = to.c + m * ldc + panel * kPanel<T>;
 
   Lanes sums[R * V];
   if (to.start == kAdd || to.start == kMatrix) {
     const T* from = to.start == kAdd ? c : to.row + m * to.ldc + panel * kPanel<T>;
     unroll<R>([&](auto r) {
       unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(from + v * L); });
-      from += to.ldc;
+      from += ldc;
     });
   } else if (to.start == kRow) {
     const T* row = to.row + panel * kPanel<T>;
@@ -135,7 +136,7 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
   forget(c);
   unroll<R>([&](auto r) {
     unroll<V>([&](auto v) { store(c + v * L, sums[r * V + v]); });
-    c += to.ldc;
+    c += ldc;
   });
 }
 

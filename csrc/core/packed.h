@@ -11,10 +11,11 @@
 
 namespace mtml::MTML_ISA {
 
-// terms of a block: a panel of so many rows takes half of the first cache
-constexpr int64_t kBlockTerms = 256;
+// terms of a block: a panel of so many rows, and what a tile reads beside it, stay in the first cache
+constexpr int64_t kBlockTerms = 192;
 // rows of a block: so many times kBlockTerms stay in the second cache
-constexpr int64_t kBlockRows = 192;
+template <class T>
+constexpr int64_t kBlockRows = 768 / sizeof(T);
 
 // elements of a packed right operand [K, N]
 template <class T>
@@ -70,8 +71,8 @@ void pack(int64_t K, int64_t N, const T* src, int64_t row, int64_t col, T* dst, 
 template <class T>
 void packed_product(int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* packed, const T* row, T* c,
                     int64_t ldc) {
-  for (int64_t m = 0; m < M; m += kBlockRows) {
-    const int64_t rows = M - m < kBlockRows ? M - m : kBlockRows;
+  for (int64_t m = 0; m < M; m += kBlockRows<T>) {
+    const int64_t rows = M - m < kBlockRows<T> ? M - m : kBlockRows<T>;
     int64_t k = 0;
     do {
       const int64_t terms = K - k < kBlockTerms ? K - k : kBlockTerms;
@@ -100,7 +101,7 @@ struct Segment {
 template <class T>
 constexpr int64_t kStrip = 4 * tile_rows(2);
 template <class T>
-constexpr int64_t kOuterRows = 256 / kStrip<T> * kStrip<T>;
+constexpr int64_t kOuterRows = 1024 / sizeof(T) / kStrip<T> * kStrip<T>;
 // panels of h that are copied together: their rows are that much longer to read
 constexpr int64_t kOuterPanels = 4;
 
