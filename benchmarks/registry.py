@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Workload:
     peers: dict[str, Build]
     exact: Callable[[], Sequence[Tensor]]  # in float64
     eager: Callable[[], Sequence[Tensor]]  # its error is the measure of everybody's
-    operations: int | None = field(default=None)
+    operations: int | None = None
 
 
 def workloads(suite: str = "all") -> list[Workload]:

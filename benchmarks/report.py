@@ -146,7 +146,9 @@ def full_tables(tables: dict[Setting, list[Measured]]) -> str:
                 row = m.rows.get(name)
                 if row is None:
                     continue
-                label = f"{name} {row['provider_version']}" if name in INNER_PEERS else name
+                # torch's own version stands above the table
+                others = name in INNER_PEERS and row["provider_version"] != row["torch"]
+                label = f"{name} {row['provider_version']}".rstrip() if others else name
                 if row["note"]:
                     parts.append(f"| {label} | {row['note']} | | | | | |")
                     continue

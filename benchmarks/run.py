@@ -46,16 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
         f"{facts['device']}, {isa}{options.threads} thread(s), {facts['clock']} time, torch {torch.__version__}, "
         f"peak {facts['peak_gflops']} GFLOP/s"
     )
-    rows = []
-    for workload in workloads(options.suite):
-        if options.only in f"{workload.op} {workload.mode} {workload.case}":
-            rows += time_workload(workload, settings, options.peers, options.seconds, facts)
-    if not rows:
+    chosen = [w for w in workloads(options.suite) if options.only in f"{w.op} {w.mode} {w.case}"]
+    if not chosen:
         raise SystemExit(f"--only must be part of a workload's name, got {options.only!r}")
+    path = RESULTS / f"{facts['device'].replace(' ', '-').replace('/', '-')}.csv"
+    for workload in chosen:
+        rows = time_workload(workload, settings, options.peers, options.seconds, facts)
+        # one by one: a run that is stopped has not been for nothing
+        if options.save:
+            append(path, rows)
     if options.save:
-        path = RESULTS / f"{facts['device'].replace(' ', '-').replace('/', '-')}.csv"
-        append(path, rows)
-        print(f"{len(rows)} rows appended to {path}")
+        print(f"\nrows appended to {path}")
 
 
 def _options(arguments):
@@ -143,7 +144,7 @@ def time_workload(
                 n=len(times[name]),
                 error=f"{errors[name]:.2g}",
                 compile_s=f"{provider.compile_s:.3g}" if provider.compile_s else "",
-                provider_version=provider.version or mtml_fast.__version__,
+                provider_version=mtml_fast.__version__ if name in workload.ours else provider.version,
             )
         )
     return rows

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import mtml_fast as mf
 from benchmarks import report, run
 from benchmarks.peers import INNER_PEERS, Settings, Unavailable
 from benchmarks.registry import workloads
@@ -197,6 +198,8 @@ def test_rows_and_tables(tmp_path, capsys):
         assert 0 < float(row["q20"]) <= float(row["q50"]) <= float(row["q80"])
         assert float(row["floor_ms"]) > 0
         assert int(row["n"]) >= 5
+        ours = row["provider"] in workload.ours
+        assert row["provider_version"] == (mf.__version__ if ours else torch.__version__)
 
     tables = report.measured(report.read([path]))
     ((setting, (found,)),) = tables.items()
@@ -265,6 +268,30 @@ def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_saving_appends_after_each_workload(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    threads = torch.get_num_threads()
+    arguments = [
+        "--suite",
+        "sgd_step",
+        "--only",
+        "forward T=1 ",
+        "--seconds",
+        "0.001",
+        "--threads",
+        str(threads),
+        "--save",
+    ]
+    run.main(arguments)
+    run.main([*arguments, "--peers", "none"])
+    (path,) = tmp_path.iterdir()
+    with path.open(newline="") as file:
+        providers = [row["provider"] for row in csv.DictReader(file)]
+    # two workloads, with and without the peer
+    assert providers == ["mtml_fast", "eager"] * 2 + ["mtml_fast"] * 2
+    assert f"rows appended to {path}" in capsys.readouterr().out
 
 
 def test_no_such_workload():

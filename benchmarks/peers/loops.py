@@ -111,4 +111,5 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        # files put beside the packages by hand
         return ""

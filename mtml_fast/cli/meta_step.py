@@ -20,7 +20,8 @@ import mtml_fast as mf
 from mtml_fast.ops import mlp_adapt
 from mtml_fast.tasks import TaskBatch, TaskRows
 
-__all__ = ["MetaStep", "bmm", "exact", "maml", "network", "operations", "operator", "rows_loss", "torch_func"]
+__all__ = ["MetaStep", "bmm", "compiled_torch_func", "exact", "maml", "model", "operations", "operator", "own_copy"]
+__all__ += ["torch_func"]
 
 NORM_EPS = 1e-5
 
@@ -147,7 +148,7 @@ def exact(step: MetaStep) -> list[Tensor]:
 def torch_func(step: MetaStep) -> Callable[[], list[Tensor]]:
     """vmap over tasks of a loop of torch.func.grad, and autograd.grad over all of it."""
     support, query = step.padded()
-    meta_loss, params, wanted = func_meta_loss(step), step.params, step.wanted
+    meta_loss, params, wanted = _func_meta_loss(step), step.params, step.wanted
 
     def call() -> list[Tensor]:
         loss = meta_loss(params, support["x"], query["x"], support, query)
@@ -160,7 +161,7 @@ def compiled_torch_func(step: MetaStep) -> Callable[[], list[Tensor]]:
     """The whole meta-gradient in one graph: torch.compile of grad(mean(vmap(grad))); compiles in its first call."""
     support, query = step.padded()
     arguments = (0, 1, 2) if step.feature_gradients else (0,)
-    compiled = torch.compile(grad_and_value(func_meta_loss(step), arguments), fullgraph=True, dynamic=False)
+    compiled = torch.compile(grad_and_value(_func_meta_loss(step), arguments), fullgraph=True, dynamic=False)
     # dictionaries without what is passed beside them, and leaves without a graph of their own
     rest = [{name: t for name, t in rows.items() if name != "x"} for rows in (support, query)]
     params, xs, xq = [p.detach() for p in step.params], support["x"].detach(), query["x"].detach()
@@ -172,12 +173,12 @@ def compiled_torch_func(step: MetaStep) -> Callable[[], list[Tensor]]:
     return call
 
 
-def func_meta_loss(step: MetaStep) -> Callable[..., Tensor]:
+def _func_meta_loss(step: MetaStep) -> Callable[..., Tensor]:
     """(params, support_x, query_x, the rest of the support and query rows) -> mean query loss."""
     lr, steps, loss, first_order = step.lr, step.steps, step.loss, step.first_order
 
     def task_loss(params, x, rows):
-        return rows_loss(network(params, x, step.norm), rows, loss)
+        return _rows_loss(_network(params, x, step.norm), rows, loss)
 
     def task(params, xs, xq, support, query):
         for _ in range(steps):
@@ -211,16 +212,16 @@ def bmm(step: MetaStep) -> Callable[[], list[Tensor]]:
     def call() -> list[Tensor]:
         theta = [p.expand(tasks, *p.shape) for p in params]
         for _ in range(step.steps):
-            inner = rows_loss(forward(theta, support["x"]), support, step.loss).sum()
+            inner = _rows_loss(forward(theta, support["x"]), support, step.loss).sum()
             grads = torch.autograd.grad(inner, theta, create_graph=create_graph)
             theta = [p - step.lr * g for p, g in zip(theta, grads, strict=True)]
-        loss = rows_loss(forward(theta, query["x"]), query, step.loss).mean()
+        loss = _rows_loss(forward(theta, query["x"]), query, step.loss).mean()
         return [loss, *torch.autograd.grad(loss, wanted)]
 
     return call
 
 
-def network(params: list[Tensor], x: Tensor, norm: bool) -> Tensor:
+def _network(params: list[Tensor], x: Tensor, norm: bool) -> Tensor:
     """One task: [N, D] -> [N, C]."""
     for weight, bias, gain, shift in _layers(params, norm):
         x = F.linear(x, weight, bias)
@@ -232,7 +233,7 @@ def network(params: list[Tensor], x: Tensor, norm: bool) -> Tensor:
     return x
 
 
-def rows_loss(outputs: Tensor, rows: dict[str, Tensor], loss: str) -> Tensor:
+def _rows_loss(outputs: Tensor, rows: dict[str, Tensor], loss: str) -> Tensor:
     """Mean loss over the rows: [N, C] -> [], or [T, N, C] -> [T]."""
     y = rows["y"]
     if loss == "cross_entropy":

@@ -108,7 +108,7 @@ def peak(threads: int) -> float:
 
 
 def limit_to_isa() -> None:
-    """Hold torch, oneDNN, MKL and XLA to MTML_FAST_ISA=avx2 too; to be called before the first product.
+    """Hold torch, oneDNN, MKL and inductor to MTML_FAST_ISA=avx2 too; to be called before the first product.
 
     A comparison then shows what a machine without 512-bit instructions would.
     """
@@ -116,3 +116,4 @@ def limit_to_isa() -> None:
         os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
         os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
         os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+        os.environ.setdefault("TORCHINDUCTOR_CPP_MARCH", "x86-64-v3")
