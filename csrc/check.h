@@ -1,7 +1,10 @@
 // The only way in which C++ refuses an argument: one line that says what it must be and what it was. Python receives it
-// as ValueError.
+// as ValueError. And the shapes that such lines show.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -13,6 +16,21 @@ std::string message(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   return text.str();
+}
+
+struct Shape {
+  const int64_t* sizes;
+  int64_t dim;
+
+  bool operator==(const Shape& other) const {
+    return std::equal(sizes, sizes + dim, other.sizes, other.sizes + other.dim);
+  }
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
+  out << "[";
+  for (int64_t axis = 0; axis < shape.dim; ++axis) out << (axis ? ", " : "") << shape.sizes[axis];
+  return out << "]";
 }
 
 }  // namespace mtml

@@ -3,27 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <ostream>
 #include <vector>
 
 #include "check.h"
 
 namespace mtml {
-
-struct Shape {
-  const int64_t* sizes;
-  int64_t dim;
-
-  bool operator==(const Shape& other) const {
-    return std::equal(sizes, sizes + dim, other.sizes, other.sizes + other.dim);
-  }
-};
-
-inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
-  out << "[";
-  for (int64_t axis = 0; axis < shape.dim; ++axis) out << (axis ? ", " : "") << shape.sizes[axis];
-  return out << "]";
-}
 
 // Where the rate of element i of task t lies: at t * task + i * element.
 struct RateStrides {

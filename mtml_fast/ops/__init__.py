@@ -5,4 +5,5 @@ from mtml_fast.ops._route import backend as backend
 from mtml_fast.ops.heads import heads as heads
 from mtml_fast.ops.heads_loss import heads_loss as heads_loss
 from mtml_fast.ops.mlp_adapt import mlp_adapt as mlp_adapt
+from mtml_fast.ops.mlp_adapt import mlp_adapt_mean as mlp_adapt_mean
 from mtml_fast.ops.sgd_step import sgd_step as sgd_step

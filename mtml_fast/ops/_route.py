@@ -17,6 +17,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+# every tensor of a list times a number, in one call
+foreach_mul = torch._foreach_mul
+
 # a plain global: torch.compile guards on it, and cannot trace a ContextVar
 _backend = "auto"
 
@@ -58,6 +61,17 @@ def needs_reference(native: bool) -> bool:
     return not native and _backend == "auto" and not torch.compiler.is_compiling()
 
 
+def is_plain() -> bool:
+    """Whether nothing but plain autograd watches: no transform, compiler or dispatch mode, and no forced backend."""
+    return (
+        _backend == "auto"
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.compiler.is_compiling()
+    )
+
+
 def in_transform() -> bool:
     """Whether a functorch transform (grad, vmap, jvp, ...) or forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -95,5 +109,14 @@ def has_kernel(name: str, device_type: str) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return any(hook_tables(module))
+
+
+def hook_tables(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps what is called along with its forward."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def part_tables(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps its own parameters and its children."""
+    return module._parameters, module._modules

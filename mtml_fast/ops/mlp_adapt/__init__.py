@@ -13,7 +13,7 @@ from mtml_fast.ops._define import define_op
 from mtml_fast.ops._rates import rate_list
 from mtml_fast.ops.heads.reference import ACTIVATIONS
 from mtml_fast.ops.heads_loss.reference import LOSSES
-from mtml_fast.ops.mlp_adapt import reference
+from mtml_fast.ops.mlp_adapt import eager, reference
 
 
 def _fake(params, lr, support_x, support_y, query_x, query_y, support_offsets, query_offsets, class_mask, *options):
@@ -30,15 +30,11 @@ def _fake(params, lr, support_x, support_y, query_x, query_y, support_offsets, q
 
 OPERATOR = define_op(
     "mlp_adapt",
-    "(Tensor[] params, Tensor[] lr, Tensor support_x, Tensor support_y, Tensor query_x, Tensor? query_y, "
-    "Tensor? support_offsets, Tensor? query_offsets, Tensor? class_mask, bool[] adapted, int steps, str loss, "
-    "str activation, bool bias, bool norm, float norm_eps, float momentum, float weight_decay, float? clip, "
-    "bool first_order, bool every_step, bool return_parameters) -> (Tensor, Tensor, Tensor)",
+    f"({eager.INPUTS}) -> (Tensor, Tensor, Tensor)",
     reference.mlp_adapt,
     fake=_fake,
     differentiable=("params", "lr", "support_x", "query_x"),
-    refuse="a derivative of the meta-gradient (third order) is not offered; "
-    "mtml_fast.backend('reference') and torch.func have it",
+    refuse=eager.REFUSED,
 )
 
 
@@ -74,6 +70,7 @@ def mlp_adapt(
     first_order: bool = False,
     every_step: bool = False,
     return_parameters: bool = False,
+    store: str = "all",
 ) -> MLPAdapted:
     r"""K SGD steps of an MLP on every task's support rows, then the query rows through each task's own weights.
 
@@ -106,6 +103,8 @@ def mlp_adapt(
         first_order: treat the inner gradient as a constant (FOMAML).
         every_step: query outputs and losses after 0, 1, ..., K steps (the multi-step loss of MAML++).
         return_parameters: return the adapted parameters too.
+        store: what native kernels keep for the backward pass: "all" keeps what the forward sweep computed;
+            "recompute" keeps nothing but the arguments, and the backward pass runs the forward sweep again.
 
     Returns:
         `MLPAdapted(outputs, losses, parameters)`.
@@ -127,6 +126,115 @@ def mlp_adapt(
         (torch.Size([4, 3, 2]), True)
         >>> result.losses.mean().backward()
     """
+    _check.choice("store", store, ("all", "recompute"))
+    arguments, shapes = _arguments(
+        params,
+        support_x,
+        support_y,
+        query_x,
+        query_y,
+        lr=lr,
+        steps=steps,
+        loss=loss,
+        activation=activation,
+        bias=bias,
+        norm=norm,
+        norm_eps=norm_eps,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        clip=clip,
+        support_offsets=support_offsets,
+        query_offsets=query_offsets,
+        class_mask=class_mask,
+        adapted=adapted,
+        first_order=first_order,
+        every_step=every_step,
+        return_parameters=return_parameters,
+    )
+    outputs, losses, fast = eager.adapt(arguments, store) or _by_operator(arguments)
+    parameters = None
+    if return_parameters:
+        parts = fast.split([shape.numel() for shape in shapes], 1)
+        parameters = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return MLPAdapted(outputs, losses, parameters)
+
+
+class MLPAdaptedMean(NamedTuple):
+    """As `MLPAdapted`, with the mean over the tasks of the last losses."""
+
+    outputs: Tensor
+    losses: Tensor
+    mean_loss: Tensor  # []
+
+
+def mlp_adapt_mean(
+    params: Sequence[Tensor], support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor, **options
+) -> MLPAdaptedMean:
+    r"""`mlp_adapt` and the mean over the tasks of their query losses, whose gradient native kernels compute at once.
+
+    .. math::
+        J = \frac{1}{T} \sum_t L\bigl(\theta_{t,K}; \text{query}_t\bigr)
+
+    This is what MAML minimises. While a task's results are in the cache its part of the gradient of J is computed too
+    and kept until `mean_loss.backward()` asks for it. Any other use of the results has its exact gradient as well: the
+    backward pass then runs the sweeps again.
+
+    Args:
+        params, support_x, support_y, query_x, query_y, options: as for `mlp_adapt`, but for `return_parameters` and
+            `store`. With `every_step` the mean is that of the losses after the last step.
+
+    Example:
+        >>> import torch
+        >>> weight, bias = torch.zeros(2, 3, requires_grad=True), torch.zeros(2)
+        >>> x, y = torch.eye(3).expand(4, 3, 3), torch.tensor([0, 1, 0]).expand(4, 3)
+        >>> result = mlp_adapt_mean([weight, bias], x, y, x, y, lr=1.0, steps=5)
+        >>> result.mean_loss.backward()
+        >>> torch.allclose(result.mean_loss, result.losses.mean()), weight.grad.shape
+        (True, torch.Size([2, 3]))
+    """
+    if query_y is None:
+        raise ValueError("query_y must be given where the mean loss is wanted, got None")
+    arguments, _ = _arguments(params, support_x, support_y, query_x, query_y, **options)
+    results = eager.adapt_mean(arguments)
+    if results is None:
+        outputs, losses, _ = _by_operator(arguments)
+        results = outputs, losses, (losses[-1] if losses.dim() > 1 else losses).mean()
+    return MLPAdaptedMean(*results)
+
+
+def _by_operator(arguments: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """The registered operator or the reference, without the axis of steps where there is but one evaluation."""
+    outputs, losses, fast = OPERATOR(*arguments)
+    every_step = arguments[-2]
+    return (outputs, losses, fast) if every_step else (outputs.squeeze(0), losses.squeeze(0), fast)
+
+
+def _arguments(
+    params,
+    support_x,
+    support_y,
+    query_x,
+    query_y,
+    *,
+    lr,
+    steps=1,
+    loss="cross_entropy",
+    activation="relu",
+    bias=True,
+    norm=False,
+    norm_eps=1e-5,
+    momentum=0.0,
+    weight_decay=0.0,
+    clip=None,
+    support_offsets=None,
+    query_offsets=None,
+    class_mask=None,
+    adapted=None,
+    first_order=False,
+    every_step=False,
+    return_parameters=False,
+) -> tuple[tuple, list[torch.Size]]:
+    """The operator's arguments, checked, and the shape of each parameter without a task axis."""
     params = _check.tensor_list("params", params)
     _check.number("steps", steps, low=0, integer=True)
     _check.choice("loss", loss, LOSSES)
@@ -162,7 +270,7 @@ def mlp_adapt(
         raise ValueError(f"adapted must hold one bool for each of the {len(params)} params, got {len(adapted)}")
 
     per_layer = 1 + bias + 2 * norm
-    outputs, losses, fast = OPERATOR(
+    arguments = (
         params,
         rate_list(lr, steps, shapes, [i // per_layer for i in range(len(params))], like=params[0]),
         support_x,
@@ -186,13 +294,7 @@ def mlp_adapt(
         bool(every_step),
         bool(return_parameters),
     )
-    parameters = None
-    if return_parameters:
-        parts = fast.split([shape.numel() for shape in shapes], 1)
-        parameters = [part.reshape(tasks, *shape) for part, shape in zip(parts, shapes, strict=True)]
-    if not every_step:
-        outputs, losses = outputs.squeeze(0), losses.squeeze(0)
-    return MLPAdapted(outputs, losses, parameters)
+    return arguments, shapes
 
 
 def _tasks(name: str, x: Tensor, offsets: Tensor | None) -> int:

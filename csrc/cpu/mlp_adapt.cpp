@@ -1,0 +1,307 @@
+// torch.ops.mtml_fast.mlp_adapt and mlp_adapt_backward on the CPU, and the same without autograd (with an underscore)
+// for those who bring their own; the sweeps are in mlp_adapt.h, the rules for the arguments in mlp_adapt_check.h.
+#include "mlp_adapt.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "mlp_adapt_check.h"
+
+namespace mtml {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// The operator's arguments, which every function of this file takes.
+#define MLP_ADAPT_PARAMETERS                                                                                         \
+  const Tensors &params, const Tensors &lr, const Tensor &support_x, const Tensor &support_y, const Tensor &query_x, \
+      const std::optional<Tensor>&query_y, const std::optional<Tensor>&support_offsets,                              \
+      const std::optional<Tensor>&query_offsets, const std::optional<Tensor>&class_mask,                             \
+      const std::vector<bool>&adapted, int64_t steps, const std::string &loss, const std::string &activation,        \
+      bool bias, bool norm, double norm_eps, double momentum, double weight_decay, std::optional<double> clip,       \
+      bool first_order, bool every_step, bool return_parameters
+#define MLP_ADAPT_ARGUMENTS                                                                                       \
+  params, lr, support_x, support_y, query_x, query_y, support_offsets, query_offsets, class_mask, adapted, steps, \
+      loss, activation, bias, norm, norm_eps, momentum, weight_decay, clip, first_order, every_step, return_parameters
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Long:
+      return Dtype::kInt64;
+    case ScalarType::Bool:
+      return Dtype::kBool;
+    default:
+      return Dtype::kOther;
+  }
+}
+
+// The tensors of one call as contiguous arrays.
+class Call : public MlpCall {
+ public:
+  explicit Call(MLP_ADAPT_PARAMETERS)
+      : MlpCall{{},         {},
+                {},         {},
+                {},         {},
+                {},         {},
+                {},         adapted,
+                steps,      loss,
+                activation, bias,
+                norm,       norm_eps,
+                momentum,   weight_decay,
+                clip,       first_order,
+                every_step, return_parameters} {
+    // a copy must not move once an array points to it
+    copies_.reserve(params.size() + lr.size() + 7);
+    this->params.reserve(params.size());
+    for (const Tensor& x : params) this->params.push_back(array(x));
+    this->lr.reserve(lr.size());
+    for (const Tensor& x : lr) this->lr.push_back(array(x));
+    this->support_x = array(support_x);
+    this->support_y = array(support_y);
+    this->query_x = array(query_x);
+    if (query_y) this->query_y = array(*query_y);
+    if (support_offsets) this->support_offsets = array(*support_offsets);
+    if (query_offsets) this->query_offsets = array(*query_offsets);
+    if (class_mask) this->class_mask = array(*class_mask);
+    MTML_CHECK(!params.empty(), "mlp_adapt: params must hold at least one layer, got none");
+    const Dtype dtype = this->params[0].dtype;
+    MTML_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "mlp_adapt: params must be float32 or float64");
+  }
+
+  bool is_float() const { return params[0].dtype == Dtype::kFloat32; }
+
+  Array array(const Tensor& x) {
+    const Tensor* rows = &x;
+    if (!x.is_contiguous()) {
+      copies_.push_back(torch::stable::contiguous(x));
+      rows = &copies_.back();
+    }
+    const auto sizes = rows->sizes();
+    return {{sizes.data(), static_cast<int64_t>(sizes.size())}, dtype_of(*rows), rows->const_data_ptr()};
+  }
+
+ private:
+  Tensors copies_;
+};
+
+void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
+  if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+}
+
+// By the C interface: the dispatcher would cost a microsecond more for each.
+Tensor empty(const Shape& shape, int32_t dtype) {
+  constexpr int64_t kAxes = 8;
+  int64_t strides[kAxes];
+  MTML_CHECK(shape.dim <= kAxes, "mlp_adapt: at most ", kAxes, " axes, got shape ", shape);
+  int64_t stride = 1;
+  for (int64_t axis = shape.dim - 1; axis >= 0; --axis) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(1, shape.sizes[axis]);
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <class T>
+Tensor empty(const Shape& shape) {
+  return empty(shape, sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+Shape shape_of(const std::vector<int64_t>& sizes) { return {sizes.data(), static_cast<int64_t>(sizes.size())}; }
+
+// without the axis of steps, of size 1
+Shape one_evaluation(const Shape& shape) { return {shape.sizes + 1, shape.dim - 1}; }
+
+// Room for outputs, losses and fast, handed to the core. The operators without autograd give outputs and losses an axis
+// of steps only where there are several.
+template <class T>
+Tensors results(MlpSetup<T>& setup, bool always_steps) {
+  MlpArguments<T>& a = setup.arguments();
+  const std::vector<int64_t> outputs = setup.outputs_shape(), losses = setup.losses_shape(), fast = setup.fast_shape();
+  const bool steps = always_steps || a.options.every_step;
+  Tensors made = {empty<T>(steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))),
+                  empty<T>(steps ? shape_of(losses) : one_evaluation(shape_of(losses))), empty<T>(shape_of(fast))};
+  a.outputs = data<T>(made[0]);
+  a.losses = data<T>(made[1]);
+  a.fast = a.wants_fast ? data<T>(made[2]) : nullptr;
+  if (!setup.labelled()) {
+    // without labels the losses are zeros
+    std::fill_n(a.losses, setup.evaluations() * setup.tasks(), T(0));
+    a.losses = nullptr;
+  }
+  return made;
+}
+
+// Room for the gradients, behind the other results.
+template <class T>
+void give_gradients(MlpSetup<T>& setup, const std::vector<bool>& needs, Tensors& made) {
+  made.reserve(made.size() + needs.size());
+  setup.give_gradients(needs, [&](const Shape& shape) {
+    made.push_back(empty<T>(shape));
+    return data<T>(made.back());
+  });
+}
+
+template <class T>
+Tensors saving(const Call& call, const std::vector<bool>& needs, bool always_steps) {
+  MlpSetup<T> setup(call);
+  setup.want(needs);
+  Tensors made = results(setup, always_steps);
+  const bool saves = setup.tasks() > 0 && std::find(needs.begin(), needs.end(), true) != needs.end();
+  const int64_t size = saves ? mlp_adapt_state_size(setup.arguments()) : 0;
+  made.push_back(empty<T>(Shape{&size, 1}));
+  if (setup.tasks() > 0) mlp_adapt_forward(setup.arguments(), saves ? data<T>(made[3]) : nullptr, parallel);
+  return made;
+}
+
+template <class T>
+Tensors backward(Call& call, const Tensors& grad_outputs, const std::vector<bool>& needs, const Tensor* state) {
+  MlpSetup<T> setup(call);
+  MlpArguments<T>& a = setup.arguments();
+  Tensors gradients;
+  give_gradients(setup, needs, gradients);
+
+  MTML_CHECK(grad_outputs.size() == 3, "mlp_adapt_backward: grad_outputs must hold 3 cotangents, got ",
+             grad_outputs.size());
+  const std::vector<int64_t> shapes[3] = {setup.outputs_shape(), setup.losses_shape(), setup.fast_shape()};
+  const T** const cotangents[3] = {&a.d_outputs, &a.d_losses, &a.d_fast};
+  Tensors copies;
+  for (size_t i = 0; i < 3; ++i) {
+    const Tensor& given = grad_outputs[i];
+    // a cotangent without elements stands for zeros
+    if (given.numel() == 0) continue;
+    copies.push_back(given.is_contiguous() ? given : torch::stable::contiguous(given));
+    const auto sizes = copies.back().sizes();
+    const Shape shape{sizes.data(), static_cast<int64_t>(sizes.size())};
+    const Shape expected = shape_of(shapes[i]);
+    const bool fits = shape == expected || (i < 2 && !a.options.every_step && shape == one_evaluation(expected));
+    MTML_CHECK(fits && dtype_of(given) == call.params[0].dtype, "mlp_adapt_backward: grad_outputs[", i, "] must be ",
+               expected, " of the dtype of params[0], got ", shape);
+    *cotangents[i] = static_cast<const T*>(copies.back().const_data_ptr());
+  }
+  // constants have no cotangent
+  if (!setup.labelled()) a.d_losses = nullptr;
+
+  if (setup.tasks() == 0) {
+    setup.zero_gradients();
+    return gradients;
+  }
+  const T* kept = nullptr;
+  if (state && state->numel() > 0) {
+    const int64_t size = mlp_adapt_state_size(a);
+    MTML_CHECK(state->numel() == size && state->is_contiguous() && dtype_of(*state) == call.params[0].dtype,
+               "mlp_adapt_backward: state must be the one of the forward sweep with ", size, " elements, got ",
+               state->numel());
+    kept = static_cast<const T*>(state->const_data_ptr());
+  }
+  mlp_adapt_backward(a, kept, parallel);
+  setup.finish_gradients();
+  return gradients;
+}
+
+// outputs, losses, fast, the mean over the tasks of the last losses, and the gradients of this mean
+template <class T>
+Tensors gradients(const Call& call, const std::vector<bool>& needs) {
+  MlpSetup<T> setup(call);
+  MTML_CHECK(setup.labelled(), "mlp_adapt: query_y must be given where the mean loss is wanted");
+  MlpArguments<T>& a = setup.arguments();
+  Tensors made = results(setup, false);
+  made.push_back(empty<T>(Shape{nullptr, 0}));
+  give_gradients(setup, needs, made);
+  const int64_t tasks = setup.tasks(), last = (setup.evaluations() - 1) * tasks;
+  if (tasks == 0) {
+    setup.zero_gradients();
+  } else {
+    std::vector<T> d_losses(last + tasks);
+    std::fill_n(d_losses.data() + last, tasks, static_cast<T>(1.0 / static_cast<double>(tasks)));
+    a.d_losses = d_losses.data();
+    mlp_adapt_gradients(a, parallel);
+    setup.finish_gradients();
+  }
+  double sum = 0;
+  for (int64_t t = 0; t < tasks; ++t) sum += a.losses[last + t];
+  *data<T>(made[3]) = static_cast<T>(sum / static_cast<double>(tasks));
+  return made;
+}
+
+template <class T>
+std::string plan(const Call& call, const std::vector<bool>& needs) {
+  MlpSetup<T> setup(call);
+  setup.want(needs);
+  return mlp_adapt_plan(setup.arguments(), std::find(needs.begin(), needs.end(), true) != needs.end());
+}
+
+std::vector<bool> no_needs(const Call& call) { return std::vector<bool>(call.params.size() + call.lr.size() + 2); }
+
+Tensors saving_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  return call.is_float() ? saving<float>(call, needs, false) : saving<double>(call, needs, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_adapt_cpu(MLP_ADAPT_PARAMETERS) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  const Tensors made =
+      call.is_float() ? saving<float>(call, no_needs(call), true) : saving<double>(call, no_needs(call), true);
+  return {made[0], made[1], made[2]};
+}
+
+Tensors backward_from_state_cpu(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs,
+                                const Tensor& state) {
+  Call call(MLP_ADAPT_ARGUMENTS);
+  return call.is_float() ? backward<float>(call, grad_outputs, needs, &state)
+                         : backward<double>(call, grad_outputs, needs, &state);
+}
+
+Tensors backward_cpu(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+  Call call(MLP_ADAPT_ARGUMENTS);
+  return call.is_float() ? backward<float>(call, grad_outputs, needs, nullptr)
+                         : backward<double>(call, grad_outputs, needs, nullptr);
+}
+
+Tensors gradients_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  return call.is_float() ? gradients<float>(call, needs) : gradients<double>(call, needs);
+}
+
+// the text of the plan, one byte a character
+Tensor plan_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  const std::string text = call.is_float() ? plan<float>(call, needs) : plan<double>(call, needs);
+  const int64_t size = static_cast<int64_t>(text.size());
+  const Tensor result = empty(Shape{&size, 1}, aoti_torch_dtype_uint8());
+  std::copy(text.begin(), text.end(), data<char>(result));
+  return result;
+}
+
+}  // namespace
+}  // namespace mtml
+
+STABLE_TORCH_LIBRARY_IMPL(mtml_fast, CPU, m) {
+  m.impl("mlp_adapt", TORCH_BOX(&mtml::mlp_adapt_cpu));
+  m.impl("mlp_adapt_backward", TORCH_BOX(&mtml::backward_cpu));
+  m.impl("_mlp_adapt_saving", TORCH_BOX(&mtml::saving_cpu));
+  m.impl("_mlp_adapt_backward", TORCH_BOX(&mtml::backward_from_state_cpu));
+  m.impl("_mlp_adapt_gradients", TORCH_BOX(&mtml::gradients_cpu));
+  m.impl("_mlp_adapt_plan", TORCH_BOX(&mtml::plan_cpu));
+}
