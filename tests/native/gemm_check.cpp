@@ -39,6 +39,9 @@ namespace mtml::MTML_ISA {
 namespace {
 
 bool runnable() {
+#ifdef __x86_64__
+  __builtin_cpu_init();
+#endif
 #if defined(CHECK_AVX512)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
