@@ -32,10 +32,9 @@ struct Columns {
     for (int64_t v = 0; v < full && v < kKept; ++v) kept[v] = from_mask(v);
   }
 
-  // all bits of an element set where its column exists
-  MTML_INLINE Integers<T> operator()(int64_t v) const {
+  // all bits of an element set where its column exists; v >= full where there is no mask
+  MTML_INLINE Integers<T> operator[](int64_t v) const {
     if (v >= full) return v == full ? rest : Integers<T>{};
-    if (!mask) return ~Integers<T>{};
     return v < kKept ? kept[v] : from_mask(v);
   }
 
@@ -43,6 +42,20 @@ struct Columns {
     Integers<T> exists{};
     for (int64_t l = 0; l < kLanes<T>; ++l) exists[l] = mask[v * kLanes<T> + l] ? -1 : 0;
     return exists;
+  }
+
+  // f(column, pick) over the vectors of a row: pick(x, y) is x where the column exists, else y.
+  template <class F>
+  MTML_INLINE void for_each(int64_t ld, F f) const {
+    using V = Vector<T>;
+    int64_t v = 0;
+    if (!mask) {
+      for (; v < full; ++v) f(v * kLanes<T>, [](V x, V) __attribute__((always_inline)) { return x; });
+    }
+    for (; v < ld / kLanes<T>; ++v) {
+      const Integers<T> exists = (*this)[v];
+      f(v * kLanes<T>, [&](V x, V y) __attribute__((always_inline)) { return exists ? x : y; });
+    }
   }
 };
 
@@ -143,7 +156,6 @@ double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* l
                              T* p, T* d) {
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t vectors = ld / L;
   const V minus_infinity = all<T>(static_cast<T>(-__builtin_inf()));
   const T mean = T(1) / static_cast<T>(N);
   T* const e = d ? d : p;  // where exp(z - top) waits for its sum
@@ -156,19 +168,19 @@ double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* l
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = (first + i) * ld;
       V top = minus_infinity;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const V x = has(v) ? load<V>(z + row + v * L) : minus_infinity;
+      has.for_each(ld, [&](int64_t c, auto pick) __attribute__((always_inline)) {
+        const V x = pick(load<V>(z + row + c), minus_infinity);
         top = x > top ? x : top;
-      }
+      });
       top = max_of_lanes<T>(top);
       ShortSums<T> sum;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const V x = exp_of_negative<T>((has(v) ? load<V>(z + row + v * L) : minus_infinity) - top);
+      has.for_each(ld, [&](int64_t c, auto pick) __attribute__((always_inline)) {
+        const V x = exp_of_negative<T>(pick(load<V>(z + row + c), minus_infinity) - top);
         // again, as the difference is NaN for a top that is
-        const V value = has(v) ? x : V{};
+        const V value = pick(x, V{});
         sum.add(value);
-        if (e) store(e + row + v * L, value);
-      }
+        if (e) store(e + row + c, value);
+      });
       const V total = sum.result();
       sums[i] = total[0];
       const int64_t label = labels[first + i];
@@ -180,11 +192,11 @@ double cross_entropy_forward(int64_t N, int64_t ld, const T* z, const int64_t* l
       if (!e) continue;
       const V scale = T(1) / total;
       const T at_label = exists ? e[row + label] * scale[0] : 0;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const V value = has(v) ? load<V>(e + row + v * L) * scale : V{};
-        if (p) store(p + row + v * L, value);
-        if (d) store(d + row + v * L, mean * value);
-      }
+      has.for_each(ld, [&](int64_t c, auto pick) __attribute__((always_inline)) {
+        const V value = pick(load<V>(e + row + c) * scale, V{});
+        if (p) store(p + row + c, value);
+        if (d) store(d + row + c, mean * value);
+      });
       if (d && exists) d[row + label] = mean * (at_label - T(1));
     }
     for (int64_t i = rows; i < (rows + L - 1) / L * L; ++i) sums[i] = 1, above[i] = 0;
@@ -211,22 +223,21 @@ MTML_INLINE double output_loss_forward(int64_t N, int64_t C, int64_t ld, const T
   V part{};
   int64_t terms = 0;
   for (int64_t i = 0; i < N; ++i) {
-    for (int64_t v = 0; v < ld / L; ++v) {
-      const int64_t at = i * ld + v * L, target = i * C + v * L;
-      const int64_t columns = C - v * L;
+    has.for_each(ld, [&](int64_t c, auto pick) __attribute__((always_inline)) {
+      const int64_t at = i * ld + c, target = i * C + c, columns = C - c;
       // behind the row stand the next rows' targets: only at the end must the rest be loaded with care
       const V t = columns <= 0          ? V{}
                   : target + L <= N * C ? load<V>(targets + target)
                                         : load_first(targets + target, columns < L ? columns : L);
       const OutputLoss<T> output = f(load<V>(z + at), t);
-      part += has(v) ? output.value : V{};
-      if (p) store(p + at, has(v) ? output.p : V{});
-      if (d) store(d + at, has(v) ? mean * output.derivative : V{});
+      part += pick(output.value, V{});
+      if (p) store(p + at, pick(output.p, V{}));
+      if (d) store(d + at, pick(mean * output.derivative, V{}));
       if (++terms % kShortSum == 0) {
         loss += row_sum<T>(part)[0];
         part = V{};
       }
-    }
+    });
   }
   return (loss + row_sum<T>(part)[0]) / outputs;
 }
@@ -261,32 +272,38 @@ T loss_forward(Loss loss, int64_t N, int64_t C, int64_t ld, const T* z, const in
 template <class T>
 void loss_tangent(Loss loss, int64_t N, int64_t C, int64_t ld, const T* p, const T* Rz, const bool* mask, T* Rd) {
   using V = Vector<T>;
-  constexpr int64_t L = kLanes<T>;
-  const int64_t vectors = ld / L;
   const Columns<T> has(C, mask);
-  const T mean =
-      static_cast<T>(1.0 / static_cast<double>(loss == Loss::kCrossEntropy ? N : N * (has.count ? has.count : 1)));
-  for (int64_t i = 0; i < N; ++i) {
-    const int64_t row = i * ld;
-    V dot{};
-    if (loss == Loss::kCrossEntropy) {
-      ShortSums<T> sum;
-      for (int64_t v = 0; v < vectors; ++v) {
-        sum.add(has(v) ? load<V>(p + row + v * L) * load<V>(Rz + row + v * L) : V{});
+  const int64_t terms = loss == Loss::kCrossEntropy ? N : N * (has.count ? has.count : 1);
+  const T mean = static_cast<T>(1.0 / static_cast<double>(terms));
+  // f(at): Rd / mean of the vector at `at`
+  const auto write = [&](int64_t row, auto f) __attribute__((always_inline)) {
+    has.for_each(ld, [&](int64_t c, auto pick)
+                         __attribute__((always_inline)) { store(Rd + row + c, pick(mean * f(row + c), V{})); });
+  };
+  switch (loss) {
+    case Loss::kMse:
+      for (int64_t row = 0; row < N * ld; row += ld) {
+        write(row, [&](int64_t at) __attribute__((always_inline)) { return T(2) * load<V>(Rz + at); });
       }
-      dot = sum.result();
-    }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const V r = load<V>(Rz + row + v * L);
-      V value;
-      if (loss == Loss::kMse) {
-        value = T(2) * r;
-      } else {
-        const V q = load<V>(p + row + v * L);
-        value = loss == Loss::kBce ? q * (T(1) - q) * r : q * (r - dot);
+      return;
+    case Loss::kBce:
+      for (int64_t row = 0; row < N * ld; row += ld) {
+        write(row, [&](int64_t at) __attribute__((always_inline)) {
+          const V q = load<V>(p + at);
+          return q * (T(1) - q) * load<V>(Rz + at);
+        });
       }
-      store(Rd + row + v * L, has(v) ? mean * value : V{});
-    }
+      return;
+    case Loss::kCrossEntropy:
+      for (int64_t row = 0; row < N * ld; row += ld) {
+        ShortSums<T> sum;
+        has.for_each(ld, [&](int64_t c, auto pick) __attribute__((always_inline)) {
+          sum.add(pick(load<V>(p + row + c) * load<V>(Rz + row + c), V{}));
+        });
+        const V dot = sum.result();
+        write(row,
+              [&](int64_t at) __attribute__((always_inline)) { return load<V>(p + at) * (load<V>(Rz + at) - dot); });
+      }
   }
 }
 
