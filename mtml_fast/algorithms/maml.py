@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mtml_fast.inner import Adapted, InnerLoop, adapt, plan_for
+from mtml_fast.inner import Adapted, InnerLoop, KnownPlan, adapt
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 
@@ -48,11 +49,13 @@ class Result:
             return {"accuracy": sums / counts}
 
 
-def meta_loss(model: nn.Module, batch: TaskBatch, inner: InnerLoop) -> Result:
+def meta_loss(model: nn.Module, batch: TaskBatch, inner: InnerLoop, plan: KnownPlan | None = None) -> Result:
     """Adapt to every task's support rows, and take the loss of its query rows: what MAML minimises.
 
     .. math::
         J(\\theta) = \\frac{1}{T} \\sum_t L\\bigl(\\theta_{t,K}; \\text{query}_t\\bigr)
+
+    `plan`: remembers from call to call how model and settings are served.
 
     Example:
         >>> import mtml_fast as mf
@@ -66,11 +69,13 @@ def meta_loss(model: nn.Module, batch: TaskBatch, inner: InnerLoop) -> Result:
         raise ValueError("query must have labels y, got None")
     if batch.num_tasks == 0:
         raise ValueError("batch must hold at least one task, got none")
-    inner = inner.for_rows("support", batch.support)
+    if batch.support.y is None:
+        raise ValueError("support must have labels y, got None")
     if batch.support.class_mask is None and batch.query.class_mask is not None:
         batch = TaskBatch(replace(batch.support, class_mask=batch.query.class_mask), batch.query)
-    outputs, losses = plan_for(model, inner, batch.support).query(batch)
-    return Result(losses.mean(), losses, outputs, batch.query)
+    plan = KnownPlan() if plan is None else plan
+    outputs, losses, mean = plan(model, inner, batch.support).query(batch)
+    return Result(mean, losses, outputs, batch.query)
 
 
 class MAML(nn.Module):
@@ -108,6 +113,7 @@ class MAML(nn.Module):
         self.model = model
         inner.setdefault("first_order", self.first_order)
         self._inner = InnerLoop(lr=lr, steps=steps, **inner)
+        self._known: dict[int, _Known] = {}
         unknown = [] if not isinstance(lr, Mapping) else [n for n in lr if n not in dict(model.named_parameters())]
         if unknown:
             raise ValueError(f"lr must name parameters of the model, got {unknown[0]!r}")
@@ -122,31 +128,56 @@ class MAML(nn.Module):
     @property
     def inner(self) -> InnerLoop:
         """The inner loop's settings."""
-        lr = self._inner.lr
-        if isinstance(lr, Mapping):
-            own = {name: getattr(self, _attribute(name), rate) for name, rate in lr.items()}
-            return replace(self._inner, lr=own)
-        return replace(self._inner, lr=self.lr) if isinstance(lr, Tensor) else self._inner
+        return self._with(None).inner
 
     def forward(self, batch: TaskBatch, steps: int | None = None) -> Result:
         """The outcome of a batch of tasks, after `steps` inner steps (K of them by default)."""
-        return meta_loss(self.model, batch, self._with(steps))
+        known = self._with(steps)
+        return meta_loss(self.model, batch, known.inner, known.plan)
 
     def adapt(self, support: TaskRows, steps: int | None = None) -> Adapted:
         """The model adapted to new tasks, without a graph."""
         with torch.no_grad():
-            return adapt(self.model, support, **vars(self._with(steps))).detach()
+            return adapt(self.model, support, **vars(self._with(steps).inner)).detach()
 
     def extra_repr(self) -> str:
         inner = self._inner
         learned = isinstance(inner.lr, (Tensor, Mapping))
-        settings = {f.name: getattr(inner, f.name) for f in fields(inner) if f.name not in ("lr", "chunk", "plan")}
+        settings = {
+            f.name: getattr(inner, f.name) for f in fields(inner) if f.name not in ("lr", "chunk", "plan", "store")
+        }
         # a function's address is another one in every process
         settings["loss"] = getattr(inner.loss, "__qualname__", inner.loss)
         return ", ".join([f"lr={'a tensor' if learned else inner.lr}", *(f"{k}={v}" for k, v in settings.items())])
 
-    def _with(self, steps: int | None) -> InnerLoop:
-        return self.inner if steps is None else replace(self.inner, steps=steps)
+    def _with(self, steps: int | None) -> _Known:
+        """The settings with so many steps: the same object, as long as they stay the same."""
+        given, lr = self._inner, self._inner.lr
+        if isinstance(lr, Mapping):
+            lr = {name: getattr(self, _attribute(name), rate) for name, rate in lr.items()}
+        elif isinstance(lr, Tensor):
+            lr = self.lr
+        steps = given.steps if steps is None else steps
+        known = self._known.get(steps) if type(steps) is int else None
+        if known is None or known.given is not given or not _same_rates(known.inner.lr, lr):
+            known = _Known(given, replace(given, lr=lr, steps=steps), KnownPlan())
+            self._known[steps] = known
+        return known
+
+
+class _Known(NamedTuple):
+    """What was found out in an earlier call."""
+
+    given: InnerLoop  # the algorithm's settings at that time
+    inner: InnerLoop  # with the rates and the number of steps of that call
+    plan: KnownPlan
+
+
+def _same_rates(a, b) -> bool:
+    """Whether these are the same numbers or the very same tensors."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same_rates(a[name], b[name]) for name in a)
+    return a is b or (not isinstance(a, (Tensor, Mapping)) and not isinstance(b, (Tensor, Mapping)) and a == b)
 
 
 def _attribute(name: str) -> str:

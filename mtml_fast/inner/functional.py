@@ -63,8 +63,8 @@ class FunctionalPlan:
         self._known = _KNOWN.setdefault(model, _Known())
 
     @_one_at_a_time
-    def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Query outputs [T, Q, C] or [R, C], and the tasks' query losses [T]."""
+    def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Query outputs [T, Q, C] or [R, C], the tasks' query losses [T], and their mean."""
         loss = self.inner.loss
         self._check(batch.support, batch.query)
         self._try(batch.support)
@@ -83,7 +83,8 @@ class FunctionalPlan:
                 mean = lambda z, y, m: mean_loss(loss, z, y, m)  # noqa: E731
                 losses.add(tasks, self._map(mean, (0, 0, None if mask is None else 0), z, query.y, mask))
             outputs.add(tasks, masked_outputs(z, mask, loss))
-        return outputs.rows(), losses.tasks()
+        task_losses = losses.tasks()
+        return outputs.rows(), task_losses, task_losses.mean()
 
     @_one_at_a_time
     def parameters(self, support: TaskRows, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list]:

@@ -15,6 +15,7 @@ from mtml_fast.tasks import TaskRows
 
 BATCH_STATS = ("transductive", "support", "running")
 PLANS = ("auto", "mlp", "functional")
+STORES = ("gradient", "all", "recompute")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,10 @@ class InnerLoop:
         chunk: at most so many tasks at a time in the functional plan; `None` takes as many as fit in 2 GiB. It bounds
             what a step needs in passing; where a gradient is wanted, the graphs of all tasks are kept until backward.
         plan: "auto", or "mlp" or "functional" to insist on one.
+        store: what the plan `mlp` keeps for the backward pass. "gradient": the gradient of the mean query loss is
+            computed along with the loss; another use of the results runs the sweeps again. "all": what the forward
+            sweep computed. "recompute": nothing; the backward pass runs the forward sweep again. (The functional plan
+            keeps what autograd keeps.)
     """
 
     lr: float | Tensor | Mapping[str, Tensor] = 0.01
@@ -52,6 +57,7 @@ class InnerLoop:
     batch_stats: str = "transductive"
     chunk: int | None = None
     plan: str = "auto"
+    store: str = "gradient"
 
     def __post_init__(self):
         _check.number("steps", self.steps, low=0, integer=True)
@@ -71,6 +77,7 @@ class InnerLoop:
         if self.chunk is not None:
             _check.number("chunk", self.chunk, low=1, integer=True)
         _check.choice("plan", self.plan, PLANS)
+        _check.choice("store", self.store, STORES)
         for name, rate in self.lr.items() if isinstance(self.lr, Mapping) else [("", self.lr)]:
             name = f"lr[{name!r}]" if name else "lr"
             if isinstance(rate, Tensor):
@@ -106,17 +113,21 @@ class InnerLoop:
             raise ValueError(f"layers must leave a parameter to adapt, got {self.layers!r}")
         return chosen
 
-    def rates(self, names: Sequence[str], params: Sequence[Tensor]) -> list[Tensor]:
-        """The rates of the named parameters, one tensor each: `[1 or K, *shape]`, or ones in the place of the shape."""
+    def rates(self, names: Sequence[str], params: Sequence[Tensor], *, read: bool = True) -> list[Tensor]:
+        """The rates of the named parameters, one tensor each: `[1 or K, *shape]`, or ones in the place of the shape.
+
+        `read`: whether to look for values that are not finite; native kernels do so themselves.
+        """
         shapes = [p.shape for p in params]
         if isinstance(self.lr, Mapping):
             missing = [name for name in names if name not in self.lr]
             if missing:
                 raise ValueError(f"lr must have a rate for every adapted parameter, got none for {missing[0]!r}")
-            return rate_list([self.lr[name] for name in names], self.steps, shapes, [], like=params[0])
+            return rate_list([self.lr[name] for name in names], self.steps, shapes, [], like=params[0], read=read)
         owners = [name.rpartition(".")[0] for name in names]
         order = list(dict.fromkeys(owners))
-        (table,) = rate_list(self.lr, self.steps, shapes, [order.index(owner) for owner in owners], like=params[0])
+        layer_of = [order.index(owner) for owner in owners]
+        (table,) = rate_list(self.lr, self.steps, shapes, layer_of, like=params[0], read=read)
         columns = [table[:, min(i, table.shape[1] - 1)] for i in range(len(names))]
         return [column.reshape(-1, *[1] * len(shape)) for column, shape in zip(columns, shapes, strict=True)]
 

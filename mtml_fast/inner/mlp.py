@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from mtml_fast.inner.loop import InnerLoop, masked_outputs
 from mtml_fast.nn.mlp import ACTIVATIONS, MLPForm, mlp_form
-from mtml_fast.ops import mlp_adapt
-from mtml_fast.ops._route import has_hooks
-from mtml_fast.ops.mlp_adapt import MLPAdapted
+from mtml_fast.ops import mlp_adapt, mlp_adapt_mean
+from mtml_fast.ops._rates import rate_list
+from mtml_fast.ops._route import has_hooks, hook_tables, part_tables
+from mtml_fast.ops.mlp_adapt import MLPAdapted, eager
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 # layers whose answer to a row depends on that row alone, and not on chance: a body of these may see all tasks at once
@@ -30,6 +33,38 @@ class MLPPlan:
         self.names = [prefix + name for name in form.names]
         what = f"a linear head on {type(body).__name__}" if body is not None else "an MLP of nn.Linear layers"
         self.why = f"the model is {what}"
+        self._unchanged = _Unchanged(model)
+        # a rate that is a number: its tensor
+        self._number: Tensor | None = None
+
+    @cached_property
+    def _moved(self) -> set[str]:
+        return {*self.inner.adapted_names(self.model)}
+
+    @cached_property
+    def _options(self) -> tuple:
+        """The operator's arguments behind the tensors, in the order of its schema."""
+        inner, form = self.inner, self.form
+        return (
+            [name in self._moved for name in self.names],
+            inner.steps,
+            inner.loss,
+            form.activation,
+            form.bias,
+            form.norm,
+            form.norm_eps,
+            float(inner.momentum),
+            float(inner.weight_decay),
+            inner.clip,
+            inner.first_order,
+            False,
+            False,
+        )
+
+    def still_fits(self, rows: TaskRows) -> bool:
+        """Whether `fit` would give the same plan again for the model as it is now."""
+        axes = rows.x.dim() - (1 if rows.is_ragged else 2)
+        return (axes == 1 or self.form.flatten or self.body is not None) and self._unchanged()
 
     @classmethod
     def fit(cls, model: nn.Module, inner: InnerLoop, rows: TaskRows) -> MLPPlan | str:
@@ -63,19 +98,25 @@ class MLPPlan:
         name = next(name for name, child in model.named_children() if child is head)
         return form if isinstance(form, str) else cls(model, inner, form, body, f"{name}.")
 
-    def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-        """Query outputs [T, Q, C] or [R, C], and the tasks' query losses [T]."""
+    def query(self, batch: TaskBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Query outputs [T, Q, C] or [R, C], the tasks' query losses [T], and their mean."""
         support, query = batch.support, batch.query
-        result = self._adapt(support, self._features(support), self._features(query), query.y, query.offsets, {})
-        return result.outputs, result.losses
+        x, query_x = self._features(support), self._features(query)
+        if self.inner.store == "gradient":
+            # the kernels check the arguments; what they refuse, the public function says in full
+            results = eager.adapt_mean_or_none(self._arguments(support, x, query, query_x))
+            if results is not None:
+                return results
+            return mlp_adapt_mean(**self._keywords(support, x, query_x, query.y, query.offsets, {}))
+        result = self._adapt(support, x, query_x, query.y, query.offsets, {})
+        return result.outputs, result.losses, result.losses.mean()
 
     def parameters(self, support: TaskRows, start: dict[str, Tensor]) -> tuple[dict[str, Tensor], list]:
         """The adapted parameters, name -> [T, ...]; there are no statistics to keep."""
         x = self._features(support)
         # the operator answers for query rows too: one row of each task is enough
         result = self._adapt(support, x, _first_rows(x, support.offsets), None, None, start, return_parameters=True)
-        moved = {*self.inner.adapted_names(self.model)}
-        return {n: p for n, p in zip(self.names, result.parameters, strict=True) if n in moved}, []
+        return {n: p for n, p in zip(self.names, result.parameters, strict=True) if n in self._moved}, []
 
     def predict(self, parameters: dict[str, Tensor], statistics: list, rows: TaskRows) -> Tensor:
         """Outputs of the adapted networks: [T, Q, C] or [R, C]."""
@@ -111,16 +152,50 @@ class MLPPlan:
         values = (inner.steps + 1) * batch.num_tasks * size + (inner.steps * support * 2 + query) * width
         return operations, values * form.params[0].element_size()
 
-    def _adapt(self, support, support_x, query_x, query_y, query_offsets, start, **options) -> MLPAdapted:
-        inner = self.inner
-        moved = {*inner.adapted_names(self.model)}
-        return mlp_adapt(
-            [start.get(name, p) for name, p in zip(self.names, self.form.params, strict=True)],
-            support_x,
-            support.y,
+    def _arguments(self, support: TaskRows, x: Tensor, query: TaskRows, query_x: Tensor) -> tuple:
+        """The operator's, without checks."""
+        return (
+            self.form.params,
+            self._rate_tensors(),
+            x,
+            self._targets(support.y, x),
             query_x,
-            query_y,
-            lr=self._rates(moved),
+            self._targets(query.y, query_x),
+            support.offsets,
+            query.offsets,
+            support.class_mask,
+            *self._options,
+        )
+
+    def _targets(self, y: Tensor, x: Tensor) -> Tensor:
+        """Float targets [T, N] of one output as [T, N, 1]."""
+        return y.unsqueeze(-1) if y.dim() < x.dim() and self.inner.loss != "cross_entropy" else y
+
+    def _rate_tensors(self) -> list[Tensor]:
+        lr, like = self.inner.lr, self.form.params[0]
+        if not isinstance(lr, (Tensor, Mapping)):
+            if self._number is None or self._number.dtype != like.dtype or self._number.device != like.device:
+                self._number = like.new_full((1, 1), lr)
+            return [self._number]
+        shapes = [p.shape for p in self.form.params]
+        per_layer = 1 + self.form.bias + 2 * self.form.norm
+        layer_of = [i // per_layer for i in range(len(shapes))]
+        return rate_list(self._rates(self._moved, read=False), self.inner.steps, shapes, layer_of, like, read=False)
+
+    def _adapt(self, support, support_x, query_x, query_y, query_offsets, start, **options) -> MLPAdapted:
+        store = "recompute" if self.inner.store == "recompute" else "all"
+        keywords = self._keywords(support, support_x, query_x, query_y, query_offsets, start)
+        return mlp_adapt(**keywords, store=store, **options)
+
+    def _keywords(self, support, support_x, query_x, query_y, query_offsets, start) -> dict:
+        inner = self.inner
+        return dict(
+            params=[start.get(name, p) for name, p in zip(self.names, self.form.params, strict=True)],
+            support_x=support_x,
+            support_y=support.y,
+            query_x=query_x,
+            query_y=query_y,
+            lr=self._rates(self._moved),
             steps=inner.steps,
             loss=inner.loss,
             momentum=inner.momentum,
@@ -129,24 +204,23 @@ class MLPPlan:
             support_offsets=support.offsets,
             query_offsets=query_offsets,
             class_mask=support.class_mask,
-            adapted=[name in moved for name in self.names],
+            adapted=self._options[0],
             first_order=inner.first_order,
             **self._form_options(),
-            **options,
         )
 
     def _form_options(self) -> dict:
         form = self.form
         return dict(activation=form.activation, bias=form.bias, norm=form.norm, norm_eps=form.norm_eps)
 
-    def _rates(self, moved: set[str]):
+    def _rates(self, moved: set[str], *, read: bool = True):
         """The adapted parameters' rates; those of the others do not matter."""
         lr = self.inner.lr
         if not isinstance(lr, Mapping) and (not isinstance(lr, Tensor) or lr.dim() < 2):
             return lr
         params = dict(zip(self.names, self.form.params, strict=True))
         own = {name: p for name, p in params.items() if name in moved}
-        rates = dict(zip(own, self.inner.rates(list(own), list(own.values())), strict=True))
+        rates = dict(zip(own, self.inner.rates(list(own), list(own.values()), read=read), strict=True))
         nothing = self.form.params[0].new_zeros(())
         return [rates[name].expand(-1, *p.shape) if name in own else nothing for name, p in params.items()]
 
@@ -160,3 +234,34 @@ class MLPPlan:
 def _first_rows(x: Tensor, offsets: Tensor | None) -> Tensor:
     """The first row of each task, [T, 1, D]."""
     return x[:, :1] if offsets is None else x[offsets[:-1]][:, None]
+
+
+class _Unchanged:
+    """Whether a model is still what it was: its modules, their parameters, settings and hooks."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._modules, self._types = modules, list(map(type, modules))
+        # the dicts themselves are held, so that no new object can have the place of an old one
+        self._tables = [table for module in modules for table in part_tables(module)]
+        self._parts = [part for table in self._tables for part in table.values()]
+        self._hooks = [table for module in modules for table in hook_tables(module)]
+        parameters = [part for part in self._parts if isinstance(part, nn.Parameter)]
+        self._parameters, self._wanted = parameters, [p.requires_grad for p in parameters]
+        self._settings = [
+            (vars(module), name, value)
+            for module in modules
+            for name, value in vars(module).items()
+            if name != "training" and isinstance(value, (bool, int, float, str))
+        ]
+
+    def __call__(self) -> bool:
+        parts = [part for table in self._tables for part in table.values()]
+        return (
+            len(parts) == len(self._parts)
+            and all(map(operator.is_, parts, self._parts))
+            and not any(self._hooks)
+            and [p.requires_grad for p in self._parameters] == self._wanted
+            and list(map(type, self._modules)) == self._types
+            and all(attributes.get(name) == value for attributes, name, value in self._settings)
+        )

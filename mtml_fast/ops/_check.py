@@ -82,13 +82,13 @@ def choice(name: str, value, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def rate(name: str, value, *, like: Tensor) -> Tensor:
+def rate(name: str, value, *, like: Tensor, read: bool = True) -> Tensor:
     """A learning rate, a number or a tensor, as a finite tensor of the dtype and on the device of another."""
     if not isinstance(value, Tensor):
         number(name, value)
         return torch.tensor(value, dtype=like.dtype, device=like.device)
     floating(name, value, like=like, like_name="the parameters")
-    if readable(value) and not bool(value.isfinite().all()):
+    if read and readable(value) and not bool(value.isfinite().all()):
         bad = value.detach().flatten()[~value.detach().isfinite().flatten()][0]
         raise ValueError(f"{name} must be finite, got {bad.item()}")
     return value

@@ -10,7 +10,9 @@ from torch import Tensor
 from mtml_fast.ops import _check
 
 
-def rate_list(lr, steps: int, shapes: Sequence[torch.Size], layer_of: Sequence[int], like: Tensor) -> list[Tensor]:
+def rate_list(
+    lr, steps: int, shapes: Sequence[torch.Size], layer_of: Sequence[int], like: Tensor, *, read: bool = True
+) -> list[Tensor]:
     """The rates of K steps: one table `[1 or K, 1 or P]`, or P tensors `[1 or K, *shape]` (more rows are allowed).
 
     Args:
@@ -18,20 +20,21 @@ def rate_list(lr, steps: int, shapes: Sequence[torch.Size], layer_of: Sequence[i
             shape, or `[1 or K, *shape]`.
         shapes: of the P parameters.
         layer_of: for each parameter the layer 0..L-1 that it belongs to.
+        read: whether to look for values that are not finite.
     """
     if isinstance(lr, (list, tuple)):
         if len(lr) != len(shapes):
             raise ValueError(f"lr must hold one tensor for each of the {len(shapes)} params, got {len(lr)}")
         rates = []
         for i, (rate, own) in enumerate(zip(lr, shapes, strict=True)):
-            rate = _check.rate(f"lr[{i}]", rate, like=like)
+            rate = _check.rate(f"lr[{i}]", rate, like=like, read=read)
             rate = rate.expand(1, *own) if rate.dim() == 0 or rate.shape == own else rate
             if rate.shape[1:] != own or not (rate.shape[0] == 1 or rate.shape[0] >= steps):
                 allowed = f"[], {list(own)} or {['1 or K', *own]}".replace("'1 or K'", f"1 or K={steps}")
                 raise ValueError(f"lr[{i}] must have shape {allowed}, got {list(rate.shape)}")
             rates.append(rate)
         return rates
-    rate = _check.rate("lr", lr, like=like)
+    rate = _check.rate("lr", lr, like=like, read=read)
     given, layers = list(rate.shape), layer_of[-1] + 1
     rate = rate.reshape(-1, 1) if rate.dim() < 2 else rate
     columns = (1, layers, len(shapes))

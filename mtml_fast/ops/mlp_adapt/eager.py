@@ -36,10 +36,9 @@ LIB.define(f"_mlp_adapt_gradients({INPUTS}, bool[] needs) -> Tensor[]")
 # the plan of the kernels and its cost, as JSON text
 LIB.define(f"_mlp_adapt_plan({INPUTS}, bool[] needs) -> Tensor")
 
-_SAVING = torch.ops.mtml_fast._mlp_adapt_saving.default
-_BACKWARD = torch.ops.mtml_fast._mlp_adapt_backward.default
-_GRADIENTS = torch.ops.mtml_fast._mlp_adapt_gradients.default
-_PLAN = torch.ops.mtml_fast._mlp_adapt_plan.default
+_SAVING, _BACKWARD, _GRADIENTS, _PLAN = (
+    getattr(torch.ops.mtml_fast, f"_mlp_adapt_{name}").default for name in ("saving", "backward", "gradients", "plan")
+)
 
 NATIVE = has_kernel("mtml_fast::_mlp_adapt_gradients", "cpu")
 _NOTHING = torch.empty(0)
@@ -70,6 +69,17 @@ def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
         outputs, losses, *_ = _SAVING(*arguments, [False] * len(inputs))
         return outputs, losses, (losses[-1] if losses.dim() > 1 else losses).mean()
     return _AdaptMean.apply(arguments, *inputs)
+
+
+def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `adapt_mean` for arguments that nobody has checked: `None` too where the kernels refuse them."""
+    _, _, _, support_y, _, query_y, *_ = arguments
+    if support_y.requires_grad or query_y.requires_grad:
+        return None
+    try:
+        return adapt_mean(arguments)
+    except ValueError:
+        return None
 
 
 def plan(arguments: tuple, backward: bool) -> str | None:
