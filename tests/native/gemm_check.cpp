@@ -104,26 +104,29 @@ void check_product(int64_t M, int64_t N, int64_t K, bool transposed, bool panels
   const int64_t lda = (transposed ? M : K) + 3, ldb = width + 2, ldc = width + 1, K2 = two ? K + 2 : 0;
   const std::vector<T> a1 = numbers<T>((transposed ? K : M) * lda), a2 = numbers<T>(M * (K2 + 1));
   const std::vector<T> b1 = numbers<T>(panels ? panel_width * K : K * ldb), b2 = numbers<T>(K2 * width);
-  const std::vector<T> row = numbers<T>(width), before = numbers<T>(M * ldc);
+  const std::vector<T> row = numbers<T>(start == kMatrix ? M * ldc : width);
+  const std::vector<T> before = numbers<T>(M * ldc);
   const Product<T> p1 = {{a1.data(), transposed ? 1 : lda, transposed ? lda : 1},
                          panels ? Right<T>{b1.data(), kPanel<T>, K * kPanel<T>} : Right<T>{b1.data(), ldb, kPanel<T>},
                          K};
   const Product<T> p2 = {{a2.data(), K2 + 1, 1}, {b2.data(), width, kPanel<T>}, K2};
-  const auto run = [&](int64_t rows, const Product<T>& first, const Product<T>& second, T* c) {
+  const auto run = [&](int64_t m, int64_t rows, const Product<T>& first, const Product<T>& second, T* c) {
+    const T* from = row.data() + (start == kMatrix ? m * ldc : 0);
     if (two) {
-      product(rows, N, c, ldc, start, row.data(), first, second);
+      product(rows, N, c, ldc, start, from, first, second);
     } else {
-      product(rows, N, c, ldc, start, row.data(), first);
+      product(rows, N, c, ldc, start, from, first);
     }
   };
   std::vector<T> c = before;
-  run(M, p1, p2, c.data());
+  run(0, M, p1, p2, c.data());
   const std::string what = shape("product", M, N, K) + (transposed ? " transposed" : "") + (panels ? " packed" : "") +
                            (two ? " two" : "") + " start " + std::to_string(start);
   bool right = true, alone = true, outside = true;
   for (int64_t m = 0; m < M; ++m) {
     for (int64_t n = 0; n < N; ++n) {
-      double wanted = start == kZero ? 0 : static_cast<double>(start == kRow ? row[n] : before[m * ldc + n]);
+      double wanted = 0;
+      if (start != kZero) wanted = start == kRow ? row[n] : start == kAdd ? before[m * ldc + n] : row[m * ldc + n];
       wanted += product_term(p1.a, p1.b, K, m, n);
       if (two) wanted += product_term(p2.a, p2.b, K2, m, n);
       right = right && near(c[m * ldc + n], wanted, K + K2);
@@ -134,7 +137,7 @@ void check_product(int64_t M, int64_t N, int64_t K, bool transposed, bool panels
     Product<T> first = p1, second = p2;
     first.a.data += m * p1.a.row;
     second.a.data += m * p2.a.row;
-    run(1, first, second, single.data());
+    run(m, 1, first, second, single.data());
     alone = alone && std::memcmp(single.data(), c.data() + m * ldc, N * sizeof(T)) == 0;
   }
   expect(right, what);
@@ -268,10 +271,10 @@ void check_all() {
   for (int64_t M = 0; M <= 14; ++M) {
     for (int64_t N = 1; N <= 40; ++N) {
       for (const int64_t K : {0, 1, 2, 5, 33}) {
-        // all eight layouts and the three starts come round, with each K
-        const int64_t turn = M + N + K;
-        check_product<T>(M, N, K, turn & 1, turn & 2, static_cast<Start>(turn % 3), N & 1);
-        check_product<T>(M, N, K, turn & 2, turn & 4, static_cast<Start>((turn + 1) % 3), M & 1);
+        // all eight layouts and the four starts come round, with each K
+        const int64_t turn = M + N + K, start = turn / 4 + N / 2;
+        check_product<T>(M, N, K, turn & 1, turn & 2, static_cast<Start>(start % 4), N & 1);
+        check_product<T>(M, N, K, turn & 2, turn & 4, static_cast<Start>((start + 1) % 4), M & 1);
         if (M * N <= 200) check_dots<T>(M, N, K, turn & 1);
       }
       check_transpose<T>(M, N);
