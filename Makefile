@@ -4,9 +4,12 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# of `make sanitize`; without a seed it draws one and prints it
+CONFIGURATIONS ?= 300
+SEED ?=
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test lint format bench cuda-check build env clean
+.PHONY: help train test lint format bench sanitize cuda-check build env clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +33,19 @@ format: $(VENV)/installed ## format Python and C++
 
 bench: build ## time the operators against PyTorch, and whoever else is there, on one thread
 	$(BIN)/python -m benchmarks.run --threads 1
+
+# the C++ core alone, without Python: random calls in every form, on threads
+CXX ?= g++
+SANITIZED := $(wildcard csrc/isa/*.cpp csrc/mlp_adapt*.cpp tests/native/mlp_adapt_fuzz.cpp)
+sanitize: ## run the core's random calls under the address, undefined-behaviour and thread sanitizers
+	@mkdir -p build/sanitize
+	@for kind in address,undefined thread; do \
+	  flags="-std=c++17 -O1 -g -ffp-contract=fast -fno-math-errno -Wno-psabi -fsanitize=$$kind -fno-sanitize-recover=all"; \
+	  printf '%s\n' $(SANITIZED) | \
+	    xargs -P 2 -I{} sh -c "$(CXX) $$flags -Icsrc -c {} -o build/sanitize/\$$(basename {}).o" && \
+	  $(CXX) $$flags build/sanitize/*.o -pthread -o build/sanitize/fuzz && \
+	  echo "sanitize: $$kind" && build/sanitize/fuzz $(CONFIGURATIONS) $(SEED) || exit 1; \
+	done
 
 cuda-check: ## compile every CUDA and Triton kernel without a GPU
 	@test -z "$$(find csrc mtml_fast -name '*.cu' -o -name 'triton.py')" || { echo "cuda-check: kernels without a check"; exit 1; }

@@ -204,6 +204,7 @@ OwnedPlan make_plan(const PlanRequest& r) {
     // their rows are as long as the widest set, which the other layers have yet to say
     if (gram) x.gram = 0;
     if (gram && !x.query_dense) x.cross = 0;
+    x.wt = take_if(x.form == Form::kDense && !x.transposed && x.moves, K * x.in * x.ld_out);
     x.query_weight = take_if(x.query_dense, x.out * x.ld_in);
   }
   for (MlpLayer& x : result.layers) {

@@ -35,6 +35,7 @@ struct MlpLayer {
   int64_t h, y, xh, r, dy, e, d;
   int64_t hq, yq, xhq, rq;  // query rows, [s][q][ld]
   int64_t gram, cross;      // gram: [N][ld N], [Q][ld N]
+  int64_t wt;               // dense, not the first: W_k^T of the steps after the first, [K][in][ld_out]
   int64_t query_weight;     // gram, query_dense: W_K [out][ld_in]
 
   // kept of a task, from its backward sweep to the sums over tasks
@@ -79,7 +80,7 @@ struct MlpPlan {
   int64_t shared_size;
   // in a task's temporaries
   int64_t t_a, t_b, t_c, t_d;  // [max(N, Q)][widest]
-  int64_t t_scaled;  // -a D: [N][widest]
+  int64_t t_scaled;            // -a D: [N][widest]
   int64_t t_wt, t_vt;          // largest dense weight, transposed
   int64_t t_grad, t_r, t_w;    // parameter vectors: gradient, direction, momentum (its cotangent in backward)
   int64_t t_small;             // [max(N, Q)][ld of the widest set of factors]

@@ -144,12 +144,14 @@ void query_part_of_direction(const MlpCall<T>& c, Task<T>& task) {
 
 // ---- forward and backward
 
-// the dense W_k^T [in][ld_out]
+// the dense W_k^T [in][ld_out]; `is_new` where no sweep before this one has left it
 template <class T>
-const T* transposed_weight(const MlpCall<T>& c, Task<T>& task, const MlpLayer& L, int64_t k) {
+const T* transposed_weight(const MlpCall<T>& c, const Task<T>& task, const MlpLayer& L, int64_t k, bool is_new) {
   if (L.transposed) return task.theta(c, k) + L.weight_at;
   if ((k == 0 || !L.moves) && !c.plan->theta_per_task) return c.shared + L.packed_in;
-  T* to = task.temp + c.plan->t_wt;
+  const bool stays = L.wt != kAbsent && k < c.plan->steps;
+  T* to = stays ? task.state + L.wt + k * L.in * L.ld_out : task.temp + c.plan->t_wt;
+  if (stays && !is_new) return to;
   transpose<T>(L.out, L.in, task.theta(c, k) + L.weight_at, L.ld_in, T(1), to, L.ld_out);
   return to;
 }
@@ -179,7 +181,9 @@ void linear(const MlpCall<T>& c, Task<T>* tasks, int64_t count, int64_t l, int64
   for (int64_t i = 0; i < count; ++i) {
     Task<T>& task = tasks[i];
     product<T>(task.rows, L.out, task.out, L.ld_out, starts[i] ? kRow : kZero, starts[i],
-               {{task.in, l == 0 ? task.ld_x : L.ld_in, 1}, by_rows(transposed_weight(c, task, L, k), L.ld_out), L.in});
+               {{task.in, l == 0 ? task.ld_x : L.ld_in, 1},
+                by_rows(transposed_weight(c, task, L, k, /*is_new=*/true), L.ld_out),
+                L.in});
   }
 }
 
@@ -311,7 +315,8 @@ void linear_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count, int64_t 
         product<T>(task.n, L.out, task.out, L.ld_out, start, starts[i], moved);
       } else {
         product<T>(task.n, L.out, task.out, L.ld_out, start, starts[i],
-                   {{task.in, L.ld_in, 1}, by_rows(transposed_weight(c, task, L, k), L.ld_out), L.in}, moved);
+                   {{task.in, L.ld_in, 1}, by_rows(transposed_weight(c, task, L, k, /*is_new=*/false), L.ld_out), L.in},
+                   moved);
       }
       continue;
     }
@@ -386,8 +391,7 @@ void weight_cotangent(const MlpCall<T>& c, Task<T>& task, const MlpLayer& L, int
   if (L.form != Form::kDense) return;
   T* u = task.kept + c.plan->u + L.weight_at;
   if (L.transposed) {
-    product<T>(L.in, L.out, u, L.ld_out, kAdd, nullptr,
-               {{task.x, 1, task.ld_x}, by_rows(task.in, L.ld_out), task.n});
+    product<T>(L.in, L.out, u, L.ld_out, kAdd, nullptr, {{task.x, 1, task.ld_x}, by_rows(task.in, L.ld_out), task.n});
     return;
   }
   const Left<T> rd{task.in, 1, L.ld_out};

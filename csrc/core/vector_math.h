@@ -17,6 +17,18 @@ using Integers = decltype(Vector<T>{} < Vector<T>{});
 
 template <class T>
 constexpr int kFractionBits = kIsFloat<T> ? 23 : 52;
+// sums of bit patterns, which may wrap: lanes of NaN hold anything
+template <class T>
+struct UnsignedOf;
+template <>
+struct UnsignedOf<float> {
+  typedef uint32_t type __attribute__((vector_size(MTML_VECTOR_BYTES)));
+};
+template <>
+struct UnsignedOf<double> {
+  typedef uint64_t type __attribute__((vector_size(MTML_VECTOR_BYTES)));
+};
+
 template <class T>
 constexpr int kExponentBias = kIsFloat<T> ? 127 : 1023;
 
@@ -50,6 +62,12 @@ MTML_INLINE void store_first(T* to, Vector<T> value, int64_t n) {
   T lanes[kLanes<T>];
   store(lanes, value);
   for (int64_t i = 0; i < n; ++i) to[i] = lanes[i];
+}
+
+template <class T>
+MTML_INLINE Integers<T> add_bits(Integers<T> a, Integers<T> b) {
+  using U = typename UnsignedOf<T>::type;
+  return bits_as<Integers<T>>(bits_as<U>(a) + bits_as<U>(b));
 }
 
 template <class T>
@@ -122,7 +140,7 @@ MTML_INLINE V expm1_polynomial(V r) {
 // 2^n, for n of normal numbers
 template <class T>
 MTML_INLINE Vector<T> power_of_two(Integers<T> n_shifted) {
-  return bits_as<Vector<T>>(n_shifted + bits_as<Integers<T>>(all<T>(1)));
+  return bits_as<Vector<T>>(add_bits<T>(n_shifted, bits_as<Integers<T>>(all<T>(1))));
 }
 
 template <class T, class V>
@@ -131,7 +149,7 @@ MTML_INLINE V exp_(V x) {
   constexpr T kMin = kIsFloat<T> ? T(-87.33654) : T(-708.3964185322641);  // log of the smallest normal number
   const auto [r, n_shifted] = reduce_exponent<T>(x);
   // n goes to the exponent's bits by an integer addition: 2^128 times a value below 1 has no other way to be right
-  V value = bits_as<V>(bits_as<Integers<T>>(T(1) + expm1_polynomial<T>(r)) + n_shifted);
+  V value = bits_as<V>(add_bits<T>(bits_as<Integers<T>>(T(1) + expm1_polynomial<T>(r)), n_shifted));
   value = x < kMin ? V{} : value;
   return x <= kMax ? value : x + all<T>(static_cast<T>(__builtin_inf()));  // infinity, or NaN
 }
