@@ -34,7 +34,7 @@ struct Array {
 };
 
 // The arguments of one call, as the operator's schema has them.
-struct MlpCall {
+struct MlpInputs {
   std::vector<Array> params, lr;
   Array support_x, support_y, query_x;
   std::optional<Array> query_y, support_offsets, query_offsets, class_mask;
@@ -51,7 +51,7 @@ struct MlpCall {
 template <class T>
 class MlpSetup {
  public:
-  explicit MlpSetup(const MlpCall& call) : call_(call) {
+  explicit MlpSetup(const MlpInputs& call) : call_(call) {
     read_options();
     read_params();
     read_rows("support", call.support_x, &call.support_y, call.support_offsets, support_offsets_, arguments_.support);
@@ -162,7 +162,7 @@ class MlpSetup {
     int64_t size;
   };
 
-  const MlpCall& call_;
+  const MlpInputs& call_;
   MlpArguments<T> arguments_{};
   std::vector<MlpParameter<T>> params_;
   std::vector<int64_t> sizes_;   // elements of each parameter, without a task axis

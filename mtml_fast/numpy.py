@@ -12,7 +12,9 @@ Example:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,7 +34,7 @@ if (_built := json.loads(_numpy.build_info())["version"]) != __version__:
         "run `pip install --no-build-isolation -e .` in the source folder of mtml_fast"
     )
 
-__all__ = ["sgd_step"]
+__all__ = ["MLPAdapted", "mlp_adapt", "sgd_step"]
 
 
 def sgd_step(
@@ -97,8 +99,142 @@ def sgd_step(
         for i, x in enumerate(arrays):
             if x.dtype != dtype:
                 raise TypeError(f"{name}[{i}] must be {dtype} as params[0], got {x.dtype}")
-    lists = ([np.require(x, requirements="CA") for x in arrays] for arrays in named.values())
-    return _numpy.sgd_step(*lists, float(momentum), float(weight_decay), clip)
+    return _numpy.sgd_step(*map(_contiguous, named.values()), float(momentum), float(weight_decay), clip)
+
+
+class MLPAdapted(NamedTuple):
+    """What the adapted networks say about the query rows."""
+
+    outputs: np.ndarray  # [T, Q, C] or [R, C]; with every_step [K + 1, ...], the first before any step
+    losses: np.ndarray  # [T], or [K + 1, T]: each task's mean query loss (zeros without labels)
+    parameters: list[np.ndarray] | None  # as params, each [T, ...], where they were asked for
+    mean_loss: np.ndarray | None  # []: the mean over the tasks of the last losses, where the gradient was asked for
+    gradients: list[np.ndarray] | None  # of mean_loss, as params
+
+
+def mlp_adapt(
+    params: Sequence[np.ndarray],
+    support_x: np.ndarray,
+    support_y: np.ndarray,
+    query_x: np.ndarray,
+    query_y: np.ndarray | None = None,
+    *,
+    lr: float | np.ndarray | Sequence[np.ndarray],
+    steps: int = 1,
+    loss: str = "cross_entropy",
+    activation: str = "relu",
+    bias: bool = True,
+    norm: bool = False,
+    norm_eps: float = 1e-5,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: float | None = None,
+    support_offsets: np.ndarray | None = None,
+    query_offsets: np.ndarray | None = None,
+    class_mask: np.ndarray | None = None,
+    adapted: Sequence[bool] | None = None,
+    first_order: bool = False,
+    every_step: bool = False,
+    return_parameters: bool = False,
+    gradient: bool = False,
+) -> MLPAdapted:
+    r"""K SGD steps of an MLP on every task's support rows, then the query rows through each task's own weights.
+
+    .. math::
+        \theta_{t,0} = \theta, \qquad
+        \theta_{t,k+1} = \theta_{t,k} - a_k \nabla_\theta L\bigl(\theta_{t,k}; \text{support}_t\bigr), \qquad
+        J = \frac{1}{T} \sum_t L\bigl(\theta_{t,K}; \text{query}_t\bigr)
+
+    Args:
+        params: layer after layer the weight `[O, I]`, then the bias `[O]` (where `bias`), then, on all layers but the
+            last (where `norm`), gain and shift `[O]` of a batch norm. Any may be `[T, ...]`: a start per task.
+        gradient: return J and its gradient with respect to params too, exact through all the inner steps.
+        The other arguments are those of `mtml_fast.ops.mlp_adapt`, as NumPy arrays.
+
+    Returns:
+        `MLPAdapted(outputs, losses, parameters, mean_loss, gradients)`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Source: Finn et al., "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017.
+
+    Example:
+        >>> weight, bias = np.zeros((2, 3)), np.zeros(2)
+        >>> x, y = np.tile(np.eye(3), (4, 1, 1)), np.tile([0, 1, 0], (4, 1))
+        >>> result = mlp_adapt([weight, bias], x, y, x, y, lr=1.0, steps=5, gradient=True)
+        >>> result.outputs.shape, bool(result.mean_loss < 0.6), [g.shape for g in result.gradients]
+        ((4, 3, 2), True, [(2, 3), (2,)])
+    """
+    params = _arrays("params", params)
+    if not params:
+        raise ValueError("params must hold at least one layer, got none")
+    if params[0].dtype not in (np.float32, np.float64):
+        raise TypeError(f"params[0] must be float32 or float64, got {params[0].dtype}")
+    per_layer = 1 + bool(bias) + 2 * bool(norm)
+    ranks = [2 if i % per_layer == 0 else 1 for i in range(len(params))]
+    shapes = [p.shape[max(p.ndim - rank, 0) :] for p, rank in zip(params, ranks, strict=True)]
+    rates = _rates(lr, shapes, [i // per_layer for i in range(len(params))], params[0].dtype)
+    rows = {"support_x": support_x, "support_y": support_y, "query_x": query_x, "query_y": query_y}
+    optional = {"support_offsets": support_offsets, "query_offsets": query_offsets, "class_mask": class_mask}
+    named = {}
+    for name, x in {**rows, **optional}.items():
+        if x is not None or name in ("support_x", "support_y", "query_x"):
+            (x,) = _arrays(name, [x])
+        named[name] = x
+    for name, x in (("support_y", "support_x"), ("query_y", "query_x")):
+        # targets of a single output need no axis for it
+        y, single = named[name], shapes[-1][:1] == (1,)
+        if y is not None and loss != "cross_entropy" and single and y.ndim == named[x].ndim - 1:
+            named[name] = y[..., None]
+    results = _numpy.mlp_adapt(
+        _contiguous(params),
+        _contiguous(rates),
+        *(x if x is None else _contiguous([x])[0] for x in named.values()),
+        [True] * len(params) if adapted is None else [bool(moves) for moves in adapted],
+        steps,
+        loss,
+        activation,
+        bool(bias),
+        bool(norm),
+        float(norm_eps),
+        float(momentum),
+        float(weight_decay),
+        clip,
+        bool(first_order),
+        bool(every_step),
+        bool(return_parameters),
+        bool(gradient),
+    )
+    outputs, losses, fast, *rest = results
+    if not every_step:
+        outputs, losses = outputs[0], losses[0]
+    parameters = None
+    if return_parameters:
+        parts = np.split(fast, np.cumsum([math.prod(shape) for shape in shapes])[:-1], axis=1)
+        parameters = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+    return MLPAdapted(outputs, losses, parameters, rest[0] if gradient else None, rest[1:] if gradient else None)
+
+
+def _rates(lr, shapes: list[tuple], layer_of: list[int], dtype: np.dtype) -> list[np.ndarray]:
+    """One table [1 or K, 1 or P] of rates, or one array a parameter, [1 or K, *shape]."""
+    if isinstance(lr, (list, tuple)):
+        rates = _arrays("lr", lr)
+        if len(rates) != len(shapes):
+            raise ValueError(f"lr must hold one array for each of the {len(shapes)} params, got {len(rates)}")
+        return [np.broadcast_to(r, (1, *own)) if r.ndim == 0 or r.shape == own else r
+                for r, own in zip(rates, shapes, strict=True)]  # fmt: skip
+    table = np.asarray(lr, dtype if isinstance(lr, (int, float)) else None)
+    if table.ndim < 2:
+        table = table.reshape(-1, 1)
+    layers = layer_of[-1] + 1
+    if table.ndim == 2 and table.shape[1] == layers and layers not in (1, len(shapes)):
+        table = table[:, layer_of]
+    return [table]
+
+
+def _contiguous(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [np.require(x, requirements="CA") for x in arrays]
 
 
 def _arrays(name: str, values: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -50,20 +50,20 @@ Dtype dtype_of(const Tensor& x) {
 }
 
 // The tensors of one call as contiguous arrays.
-class Call : public MlpCall {
+class Call : public MlpInputs {
  public:
   explicit Call(MLP_ADAPT_PARAMETERS)
-      : MlpCall{{},         {},
-                {},         {},
-                {},         {},
-                {},         {},
-                {},         adapted,
-                steps,      loss,
-                activation, bias,
-                norm,       norm_eps,
-                momentum,   weight_decay,
-                clip,       first_order,
-                every_step, return_parameters} {
+      : MlpInputs{{},         {},
+                  {},         {},
+                  {},         {},
+                  {},         {},
+                  {},         adapted,
+                  steps,      loss,
+                  activation, bias,
+                  norm,       norm_eps,
+                  momentum,   weight_decay,
+                  clip,       first_order,
+                  every_step, return_parameters} {
     // a copy must not move once an array points to it
     copies_.reserve(params.size() + lr.size() + 7);
     this->params.reserve(params.size());

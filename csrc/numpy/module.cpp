@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -10,6 +12,8 @@
 #include <vector>
 
 #include "isa/choose.h"
+#include "mlp_adapt.h"
+#include "mlp_adapt_check.h"
 #include "sgd_step_check.h"
 
 namespace py = pybind11;
@@ -63,6 +67,120 @@ std::pair<Arrays<T>, Arrays<T>> sgd_step(const Arrays<T>& params, const Arrays<T
   return {std::move(new_params), std::move(new_buffers)};
 }
 
+Array array(const py::array& x) {
+  MTML_CHECK(x.flags() & py::array::c_style, "mlp_adapt: arrays must be contiguous");
+  const Dtype dtype = py::isinstance<py::array_t<float>>(x)     ? Dtype::kFloat32
+                      : py::isinstance<py::array_t<double>>(x)  ? Dtype::kFloat64
+                      : py::isinstance<py::array_t<int64_t>>(x) ? Dtype::kInt64
+                      : py::isinstance<py::array_t<bool>>(x)    ? Dtype::kBool
+                                                                : Dtype::kOther;
+  return {{reinterpret_cast<const int64_t*>(x.shape()), x.ndim()}, dtype, x.data()};
+}
+
+std::optional<Array> array(const std::optional<py::array>& x) {
+  return x ? std::optional<Array>(array(*x)) : std::nullopt;
+}
+
+std::vector<Array> arrays(const std::vector<py::array>& list) {
+  std::vector<Array> result;
+  for (const py::array& x : list) result.push_back(array(x));
+  return result;
+}
+
+// one thread
+void serial(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& f) {
+  if (n > 0) f(0, n);
+}
+
+// Outputs, losses and fast, each with its axis of steps; with `gradient` also the mean over the tasks of the last
+// losses, and the gradients of this mean with respect to params.
+template <class T>
+std::vector<py::array> mlp_adapt_of(const MlpInputs& call, bool gradient) {
+  MlpSetup<T> setup(call);
+  MlpArguments<T>& a = setup.arguments();
+  std::vector<py::array> made;
+  // room for a result, kept in `made`
+  auto room = [&](const int64_t* sizes, int64_t dim) {
+    py::array_t<T> x(std::vector<py::ssize_t>(sizes, sizes + dim));
+    made.push_back(x);
+    return x.mutable_data();
+  };
+  for (const auto& [shape, result] :
+       {std::pair{setup.outputs_shape(), &a.outputs}, std::pair{setup.losses_shape(), &a.losses},
+        std::pair{setup.fast_shape(), &a.fast}}) {
+    *result = room(shape.data(), static_cast<int64_t>(shape.size()));
+  }
+  const int64_t tasks = setup.tasks(), last = (setup.evaluations() - 1) * tasks;
+  T* const losses = a.losses;
+  std::fill_n(losses, last + tasks, T(0));
+  if (!setup.labelled()) a.losses = nullptr;
+  if (!a.wants_fast) a.fast = nullptr;
+  T* mean = nullptr;
+  std::vector<T> d_losses(last + tasks);
+  if (gradient) {
+    MTML_CHECK(setup.labelled(), "mlp_adapt: query_y must be given where the gradient is wanted");
+    mean = room(nullptr, 0);
+    std::vector<bool> needs(call.params.size() + call.lr.size() + 2);
+    std::fill_n(needs.begin(), call.params.size(), true);
+    setup.give_gradients(needs, [&](const Shape& shape) { return room(shape.sizes, shape.dim); });
+    std::fill_n(d_losses.data() + last, tasks, static_cast<T>(1.0 / static_cast<double>(tasks)));
+    a.d_losses = d_losses.data();
+  }
+
+  py::gil_scoped_release release;
+  if (tasks == 0) {
+    setup.zero_gradients();
+  } else if (gradient) {
+    mlp_adapt_gradients(a, serial);
+  } else {
+    mlp_adapt_forward(a, static_cast<T*>(nullptr), serial);
+  }
+  if (gradient) {
+    double sum = 0;
+    for (int64_t t = 0; t < tasks; ++t) sum += losses[last + t];
+    *mean = static_cast<T>(sum / static_cast<double>(tasks));
+  }
+  return made;
+}
+
+std::vector<py::array> mlp_adapt(const std::vector<py::array>& params, const std::vector<py::array>& lr,
+                                 const py::array& support_x, const py::array& support_y, const py::array& query_x,
+                                 const std::optional<py::array>& query_y,
+                                 const std::optional<py::array>& support_offsets,
+                                 const std::optional<py::array>& query_offsets,
+                                 const std::optional<py::array>& class_mask, const std::vector<bool>& adapted,
+                                 int64_t steps, const std::string& loss, const std::string& activation, bool bias,
+                                 bool norm, double norm_eps, double momentum, double weight_decay,
+                                 std::optional<double> clip, bool first_order, bool every_step, bool return_parameters,
+                                 bool gradient) {
+  const MlpInputs call{arrays(params),
+                       arrays(lr),
+                       array(support_x),
+                       array(support_y),
+                       array(query_x),
+                       array(query_y),
+                       array(support_offsets),
+                       array(query_offsets),
+                       array(class_mask),
+                       adapted,
+                       steps,
+                       loss,
+                       activation,
+                       bias,
+                       norm,
+                       norm_eps,
+                       momentum,
+                       weight_decay,
+                       clip,
+                       first_order,
+                       every_step,
+                       return_parameters};
+  MTML_CHECK(!params.empty(), "mlp_adapt: params must hold at least one layer, got none");
+  const Dtype dtype = call.params[0].dtype;
+  MTML_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "mlp_adapt: params must be float32 or float64");
+  return dtype == Dtype::kFloat32 ? mlp_adapt_of<float>(call, gradient) : mlp_adapt_of<double>(call, gradient);
+}
+
 py::dict cpu_features() {
   py::dict result;
   result["runnable"] = isas_runnable();
@@ -81,6 +199,7 @@ PYBIND11_MODULE(_numpy, m) {
   };
   def(&mtml::sgd_step<float>);
   def(&mtml::sgd_step<double>);
+  m.def("mlp_adapt", &mtml::mlp_adapt, "Arguments as of the operator, then whether the gradient is wanted.");
   m.def(
       "build_info", [] { return std::string(mtml_fast_build_info()); },
       "JSON: version, compiler, instruction sets built, instruction set in use.");

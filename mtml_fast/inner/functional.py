@@ -117,6 +117,10 @@ class FunctionalPlan:
             outputs.add(tasks, masked_outputs(z, query.class_mask, self.inner.loss))
         return outputs.rows()
 
+    def forms(self, batch: TaskBatch) -> list[str]:
+        """None: the layers are PyTorch's."""
+        return []
+
     @_one_at_a_time
     def cost(self, batch: TaskBatch) -> tuple[int, int]:
         """Operations and bytes of the meta-step, from one task's forward pass."""

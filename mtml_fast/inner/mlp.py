@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Mapping
 from functools import cached_property
@@ -139,6 +140,11 @@ class MLPPlan:
         mask = rows.class_mask.repeat_interleave(offsets.diff(), 0)
         return masked_outputs(outputs[:, None], mask, self.inner.loss).squeeze(1)
 
+    def forms(self, batch: TaskBatch) -> list[str]:
+        """The form in which native kernels compute each layer; none where they do not serve."""
+        known = self._kernel_plan(batch)
+        return [f"{layer['in']}-{layer['out']} {layer['form']}" for layer in known["layers"]] if known else []
+
     def cost(self, batch: TaskBatch) -> tuple[int, int]:
         """Operations and bytes of the meta-step as the present implementation does it, by counting."""
         inner, form = self.inner, self.form
@@ -150,7 +156,17 @@ class MLPPlan:
         # a gradient is three products; the reverse sweep recomputes two and does six more
         operations = product * (inner.steps * support * (3 if inner.first_order else 11) + 3 * query)
         values = (inner.steps + 1) * batch.num_tasks * size + (inner.steps * support * 2 + query) * width
-        return operations, values * form.params[0].element_size()
+        known = self._kernel_plan(batch) or {}
+        # the kernels know better
+        return known.get("operations") or operations, known.get("bytes") or values * form.params[0].element_size()
+
+    def _kernel_plan(self, batch: TaskBatch) -> dict | None:
+        support, query = batch.support, batch.query
+        if support.y is None or self.inner.loss is None:
+            return None
+        x, query_x = self._features(support), self._features(query)
+        text = eager.plan(self._arguments(support, x, query, query_x), backward=True)
+        return None if text is None else json.loads(text)
 
     def _arguments(self, support: TaskRows, x: Tensor, query: TaskRows, query_x: Tensor) -> tuple:
         """The operator's, without checks."""
@@ -160,7 +176,7 @@ class MLPPlan:
             x,
             self._targets(support.y, x),
             query_x,
-            self._targets(query.y, query_x),
+            None if query.y is None else self._targets(query.y, query_x),
             support.offsets,
             query.offsets,
             support.class_mask,

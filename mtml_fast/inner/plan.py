@@ -61,13 +61,16 @@ class Explanation:
     steps: int
     operations: int
     bytes: int
+    forms: tuple[str, ...] = ()  # of each layer in native kernels
 
     def __str__(self) -> str:
         served = ", ".join(f"{name}: {by}" for name, by in self.served_by.items())
+        forms = [f"layers      {', '.join(self.forms)}"] if self.forms else []
         return "\n".join(
             [
                 f"plan        {self.plan}: {self.why}",
                 f"operators   {served}",
+                *forms,
                 f"operations  {self.operations:.3g} in a meta-step of {self.tasks} tasks and {self.steps} steps",
                 f"memory      {self.bytes / 2**20:.3g} MiB of parameters and intermediate results",
             ]
@@ -83,7 +86,9 @@ def explain(model: nn.Module, batch: TaskBatch, **inner) -> Explanation:
 
     Returns:
         The same as an object: plan, why, served_by, operations and bytes of forward and backward, predicted by
-        counting and not measured.
+        counting and not measured; and, for native kernels, the form in which each layer is computed: "dense" (a
+        weight for each task), "factored" (the shared weight, and the task's change as a product of factors) or
+        "gram" (the same where the layer's input stays: only products of rows).
 
     Example:
         >>> import torch
@@ -97,6 +102,8 @@ def explain(model: nn.Module, batch: TaskBatch, **inner) -> Explanation:
     if not isinstance(batch, TaskBatch):
         raise TypeError(f"batch must be a TaskBatch, got {type(batch).__name__}")
     settings = InnerLoop(**inner)
+    if batch.support.y is not None:
+        settings = settings.for_rows("support", batch.support)
     plan = plan_for(model, settings, batch.support)
     used = ["mlp_adapt"] if plan.name == "mlp" else ["sgd_step"]
     explanation = Explanation(
@@ -106,6 +113,7 @@ def explain(model: nn.Module, batch: TaskBatch, **inner) -> Explanation:
         batch.num_tasks,
         settings.steps,
         *plan.cost(batch),
+        tuple(plan.forms(batch)),
     )
     print(explanation)
     return explanation
