@@ -177,11 +177,10 @@ def mlp_adapt(
     rates = _rates(lr, shapes, [i // per_layer for i in range(len(params))], params[0].dtype)
     rows = {"support_x": support_x, "support_y": support_y, "query_x": query_x, "query_y": query_y}
     optional = {"support_offsets": support_offsets, "query_offsets": query_offsets, "class_mask": class_mask}
-    named = {}
-    for name, x in {**rows, **optional}.items():
-        if x is not None or name in ("support_x", "support_y", "query_x"):
-            (x,) = _arrays(name, [x])
-        named[name] = x
+    named = {**rows, **optional}
+    for name, x in named.items():
+        if not isinstance(x, np.ndarray) and (x is not None or name in ("support_x", "support_y", "query_x")):
+            raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
     for name, x in (("support_y", "support_x"), ("query_y", "query_x")):
         # targets of a single output need no axis for it
         y, single = named[name], shapes[-1][:1] == (1,)

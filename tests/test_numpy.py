@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtml_fast.ops import _library, sgd_step
+from mtml_fast.ops import _library, mlp_adapt, mlp_adapt_mean, sgd_step
 
 if _library.build_info() is None:
     pytest.skip(_library.native_status(), allow_module_level=True)
@@ -137,4 +137,122 @@ def test_bad_input(change, error, message):
     arguments = {"params": [X], "grads": [X], "lr": 0.1, **change}
     with pytest.raises(error, match=re.escape(message)) as caught:
         mfn.sgd_step(arguments.pop("params"), arguments.pop("grads"), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def tensors(value):
+    if isinstance(value, list):
+        return [tensors(v) if isinstance(v, np.ndarray) else v for v in value]
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def mlp_call(rng, dtype, ragged=False, **options):
+    """Three tasks of 6-5-4-3, and their rows."""
+    loss, bias, norm = options.get("loss", "cross_entropy"), options.get("bias", True), options.get("norm", False)
+    shapes = []
+    for i, (inputs, outputs) in enumerate(((6, 5), (5, 4), (4, 3))):
+        shapes += [(outputs, inputs), *[(outputs,)] * (bias + 2 * (norm and i < 2))]
+    call = {"params": arrays(rng, dtype, shapes), **options}
+    for name, counts in (("support", [2, 5, 1] if ragged else [4] * 3), ("query", [7, 2, 3] if ragged else [5] * 3)):
+        lead = (sum(counts),) if ragged else (3, counts[0])
+        call[f"{name}_x"] = rng.standard_normal((*lead, 6)).astype(dtype)
+        call[f"{name}_y"] = (
+            rng.integers(0, 3, lead) if loss == "cross_entropy" else rng.random((*lead, 3)).astype(dtype)
+        )
+        if ragged:
+            call[f"{name}_offsets"] = np.cumsum([0, *counts])
+    return call
+
+
+MLP_OPTIONS = {
+    "plain": {"lr": 0.1},
+    "steps": {"lr": np.array([0.1, 0.2, 0.3]), "steps": 3, "activation": "tanh"},
+    "layers": {"lr": np.array([[0.1, 0.2, 0.3]]), "steps": 2, "loss": "mse"},
+    "norm": {"lr": 0.1, "norm": True, "steps": 2, "bias": False},
+    "everything": {
+        "lr": 0.1, "steps": 2, "loss": "bce", "momentum": 0.5, "weight_decay": 0.1, "clip": 0.7, "every_step": True,
+        "adapted": [True, True, False, False, True, True],
+    },
+    "mask": {"lr": 0.1, "loss": "mse", "class_mask": np.array([[True, False, True]] * 3)},
+    "first": {"lr": 0.1, "steps": 3, "first_order": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", MLP_OPTIONS)
+def test_mlp_adapt_has_the_bits_of_torch(name, dtype, ragged):
+    rng = np.random.default_rng()
+    call = mlp_call(rng, dtype, ragged, **MLP_OPTIONS[name])
+    if isinstance(call["lr"], np.ndarray):
+        call["lr"] = call["lr"].astype(dtype)
+    if name == "plain":
+        call["lr"] = [np.full(p.shape, 0.1, dtype) for p in call["params"]]
+    inputs = {k: tensors(v) for k, v in call.items()}
+    before = [x.copy() for x in call["params"]]
+
+    mine, theirs = mfn.mlp_adapt(**call, return_parameters=True), mlp_adapt(**inputs, return_parameters=True)
+    assert mine.mean_loss is mine.gradients is None
+    for a, b in zip([*mine[:2], *mine.parameters], [*theirs[:2], *theirs.parameters], strict=True):
+        np.testing.assert_array_equal(a, b.numpy(), strict=True)
+
+    mine = mfn.mlp_adapt(**call, gradient=True)
+    inputs["params"] = [p.clone().requires_grad_() for p in inputs["params"]]
+    theirs = mlp_adapt_mean(**inputs)
+    gradients = torch.autograd.grad(theirs.mean_loss, inputs["params"])
+    assert mine.parameters is None
+    for a, b in zip([*mine[:2], mine.mean_loss, *mine.gradients], [*theirs, *gradients], strict=True):
+        np.testing.assert_array_equal(a, b.detach().numpy(), strict=True)
+    for a, b in zip(call["params"], before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_mlp_adapt_takes_any_layout_and_no_labels():
+    call = mlp_call(np.random.default_rng(), np.float64, lr=0.1)
+    strided = {
+        k: [x.T.copy().T for x in v] if k == "params" else v.T.copy().T if isinstance(v, np.ndarray) else v
+        for k, v in call.items()
+    }
+    for a, b in zip(mfn.mlp_adapt(**strided)[:2], mfn.mlp_adapt(**call)[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    unlabelled = mfn.mlp_adapt(**{**call, "query_y": None})
+    np.testing.assert_array_equal(unlabelled.outputs, mfn.mlp_adapt(**call).outputs)
+    np.testing.assert_array_equal(unlabelled.losses, np.zeros(3))
+
+
+def test_mlp_adapt_without_tasks():
+    call = mlp_call(np.random.default_rng(), np.float64, lr=0.1)
+    none = {k: v[:0] if k.endswith(("_x", "_y")) else v for k, v in call.items()}
+    with np.errstate(all="raise"):
+        result = mfn.mlp_adapt(**none, gradient=True, return_parameters=True)
+    assert result.outputs.shape == (0, 5, 3)
+    assert [p.shape for p in result.parameters] == [(0, *p.shape) for p in call["params"]]
+    assert all((g == 0).all() for g in result.gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"params": X}, TypeError, "params must be a list of NumPy arrays, got ndarray"),
+        ({"params": []}, ValueError, "params must hold at least one layer, got none"),
+        ({"params": [X.astype(np.int64)]}, TypeError, "params[0] must be float32 or float64, got int64"),
+        ({"params": [X]}, ValueError, "params must hold weight, bias for every layer (the last without norm), got 1"),
+        ({"support_x": [1.0]}, TypeError, "support_x must be a NumPy array, got list"),
+        ({"support_x": X}, ValueError, "support_x must be [T, N, D], got shape [2, 3]"),
+        ({"support_x": np.zeros((3, 4, 6), np.float32)}, ValueError, "support_x must have the dtype of params[0]"),
+        ({"support_y": np.full((3, 4), 3)}, ValueError, "support_y must be in 0..2, got 3"),
+        ({"query_y": np.zeros((3, 4), np.int64)}, ValueError, "query_y must be [T=3, Q=5], got shape [3, 4]"),
+        ({"query_y": None, "gradient": True}, ValueError, "query_y must be given where the gradient is wanted"),
+        ({"lr": np.zeros(2), "steps": 3}, ValueError, "lr must be [1 or K=3, 1 or 6], got shape [2, 1]"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
+        ({"lr": [X]}, ValueError, "lr must hold one array for each of the 6 params, got 1"),
+        ({"support_offsets": np.array([0, 1])}, ValueError, "support_x must be [R, D], got shape [3, 4, 6]"),
+        ({"adapted": [True]}, ValueError, "adapted must hold one bool for each of the 6 params, got 1"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'mse', 'bce', got 'hinge'"),
+    ],
+)
+def test_mlp_adapt_bad_input(change, error, message):
+    call = {**mlp_call(np.random.default_rng(), np.float64, lr=0.1), **change}
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        mfn.mlp_adapt(**call)
     assert "\n" not in str(caught.value)

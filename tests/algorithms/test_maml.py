@@ -219,6 +219,130 @@ def test_running_statistics_stay_bit_for_bit():
             assert torch.equal(value, before[name]), name
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def outcome(maml, batch):
+    """Loss, and the gradients of whatever is there to learn, with nothing remembered from before."""
+    fresh = mf.MAML(maml.model, **vars(maml.inner))
+    results = []
+    for algorithm in (maml, fresh):
+        learned = [p for p in maml.parameters() if p.requires_grad]
+        loss = algorithm(batch).loss
+        results.append([loss.detach(), *torch.autograd.grad(loss, learned, allow_unused=True)])
+    return results
+
+
+def assert_follows(maml, batch, before=None):
+    """The algorithm that has been called before gives what a new one gives, and something else than before."""
+    mine, fresh = outcome(maml, batch)
+    for a, b in zip(mine, fresh, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+    assert before is None or not torch.equal(mine[0], before)
+    return mine[0]
+
+
+def test_what_is_remembered_follows_the_model():
+    """A model, settings or rows that change between two calls are noticed."""
+    torch.manual_seed(8)
+    batch = episode((6,))
+    model = nn.Sequential(nn.Linear(6, 5), nn.LeakyReLU(), nn.Linear(5, 3)).double()
+    maml = mf.MAML(model, lr=0.3, steps=2)
+    loss = assert_follows(maml, batch)
+    loss = assert_follows(maml, batch)
+    model[1].negative_slope = 0.5
+    loss = assert_follows(maml, batch, loss)
+    model[1] = nn.Tanh()
+    loss = assert_follows(maml, batch, loss)
+    model[2] = nn.Linear(5, 3).double()
+    loss = assert_follows(maml, batch, loss)
+    model[2].weight = nn.Parameter(torch.randn(3, 5).double())
+    loss = assert_follows(maml, batch, loss)
+    model[0].bias.requires_grad_(False)
+    loss = assert_follows(maml, batch, loss)
+    model[0].bias.requires_grad_(True)
+    loss = assert_follows(maml, batch, loss)
+    handle = model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    loss = assert_follows(maml, batch, loss)
+    handle.remove()
+    loss = assert_follows(maml, batch, loss)
+    model.append(nn.Tanh())
+    loss = assert_follows(maml, batch, loss)
+    del model[3]
+    loss = assert_follows(maml, batch, loss)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", Doubled())
+    loss = assert_follows(maml, batch, loss)
+    maml.model = mf.nn.mlp(6, (4,), 3, norm="batch").double()
+    loss = assert_follows(maml, batch, loss)
+    loss = assert_follows(maml, episode((6,), tasks=2, ragged=True), loss)
+    loss = assert_follows(maml, episode((6,), loss="mse"), loss)
+    loss = assert_follows(maml, batch, loss)
+    maml.train(False)
+    assert_follows(maml, batch)
+    with torch.no_grad():
+        for p in maml.parameters():
+            p.mul_(1.1)
+    assert_follows(maml, batch, loss)
+
+
+def test_what_is_remembered_follows_the_settings():
+    torch.manual_seed(9)
+    batch, model = episode((6,)), mf.nn.mlp(6, (5,), 3, activation="tanh").double()
+    maml = mf.MAML(model, lr=nn.Parameter(torch.tensor(0.3).double()), steps=2)
+    loss = assert_follows(maml, batch)
+    maml.lr = nn.Parameter(torch.tensor(0.1).double())
+    loss = assert_follows(maml, batch, loss)
+    with torch.no_grad():
+        maml.lr.fill_(0.2)
+    loss = assert_follows(maml, batch, loss)
+    assert maml(batch, steps=5).loss != loss
+    assert torch.equal(maml(batch, steps=2).loss, loss)
+    assert torch.equal(maml(batch).loss, loss)
+    other = copy.deepcopy(maml)
+    with torch.no_grad():
+        other.model[0].weight.mul_(2.0)
+    assert_follows(other, batch, loss)
+    assert torch.equal(assert_follows(maml, batch), loss)
+    with pytest.raises(ValueError, match="steps must be finite, at least 0, got -1"):
+        maml(batch, steps=-1)
+    with pytest.raises(TypeError, match="steps must be an integer, got True"):
+        maml(batch, steps=True)
+
+
+@pytest.mark.parametrize("plan", ["mlp", "functional"])
+def test_store(plan):
+    """What is kept for the backward pass changes nothing but its cost."""
+    torch.manual_seed(10)
+    batch, model = episode((6,)), mf.nn.mlp(6, (5,), 3, activation="tanh").double()
+    for store in ("gradient", "all", "recompute"):
+        expected = hand_written_loss(model, batch, 0.3, 2, F.cross_entropy)
+        assert_same_meta_gradient(mf.MAML(model, lr=0.3, steps=2, plan=plan, store=store), expected, batch)
+        with torch.no_grad():
+            assert not mf.MAML(model, lr=0.3, steps=2, plan=plan, store=store)(batch).loss.requires_grad
+    with pytest.raises(ValueError, match=r"store must be one of 'gradient', 'all', 'recompute', got 'some'"):
+        mf.MAML(model, store="some")
+
+
+def test_other_losses_of_the_results():
+    """A loss made of task_losses and outputs has its exact gradient, beside or without the mean loss."""
+    torch.manual_seed(11)
+    batch, model = episode((6,)), mf.nn.mlp(6, (5,), 3, activation="tanh").double()
+    params = list(model.parameters())
+    for make in (
+        lambda r: r.task_losses.max(),
+        lambda r: r.loss + 0.1 * r.outputs.square().mean(),
+        lambda r: r.loss * r.loss.detach() + r.task_losses.square().sum(),
+    ):
+        grads = []
+        for plan in ("mlp", "functional"):
+            grads.append(torch.autograd.grad(make(mf.MAML(model, lr=0.3, steps=2, plan=plan)(batch)), params))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_result():
     batch = episode((6,), ragged=True)
     model = mf.nn.mlp(6, (5,), 3).double()

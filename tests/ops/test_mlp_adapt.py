@@ -1,13 +1,14 @@
 """mlp_adapt: the battery over all its options, and its meta-gradient against a hand-written loop."""
 
 import itertools
+import re
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mtml_fast.ops import OPERATORS, backend, mlp_adapt
+from mtml_fast.ops import OPERATORS, backend, mlp_adapt, mlp_adapt_mean
 from mtml_fast.ops._route import TorchDispatchMode
 from mtml_fast.testing import BadInput, Case, op_battery
 
@@ -291,6 +292,7 @@ def test_second_order_is_not_first_order():
     assert (grads[0] - grads[1]).norm() > 1e-3 * grads[0].norm()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, of its decompositions
 def test_third_order_is_there_by_the_reference():
     """The operator refuses; torch.func goes through the reference and gives it."""
     call = make((2, 2), 2, 3, 2, bias=False)(torch.float64, torch.Generator().manual_seed(1))
@@ -339,3 +341,242 @@ def _live_bytes(call):
     with torch.no_grad(), Watch():
         call()
     return most
+
+
+needs_native = pytest.mark.skipif(OPERATORS["mlp_adapt"].served_by("cpu") != "native", reason="needs native kernels")
+
+
+def leaves_of(call):
+    """Everything with a derivative, as leaves that ask for it, and the call with them."""
+    call = dict(call)
+    call["params"] = [p.detach().requires_grad_() for p in call["params"]]
+    call["support_x"], call["query_x"] = (call[name].detach().requires_grad_() for name in ("support_x", "query_x"))
+    leaves = [*call["params"], call["support_x"], call["query_x"]]
+    if isinstance(call["lr"], torch.Tensor):
+        call["lr"] = call["lr"].detach().requires_grad_()
+        leaves.append(call["lr"])
+    elif isinstance(call["lr"], list):
+        call["lr"] = [rate.detach().requires_grad_() for rate in call["lr"]]
+        leaves += call["lr"]
+    return call, leaves
+
+
+ROUTES = {
+    "plain": make((4, 6, 3), 3, 4, 5, steps=2),
+    "norm": make((4, 6, 5, 3), 3, 4, 5, steps=2, norm=True, activation="tanh"),
+    "table": make((4, 6, 3), 3, 4, 5, "table", steps=3, momentum=0.4, weight_decay=0.1),
+    "more": make((4, 6, 3), 3, 4, 5, "more", steps=2),
+    "meta-sgd": make((4, 6, 3), 3, 4, 5, "both", steps=2, loss="mse", activation="silu", clip=0.5),
+    "ragged": make((4, 6, 3), 3, [2, 5, 1], [3, 1, 4], "step", steps=2, classes=[2, 3, 3]),
+    "every-step": make((4, 6, 3), 3, 4, 5, "layer", steps=2, every_step=True),
+    "starts": make((4, 6, 3), 3, 4, 5, per_task_start=STARTS, steps=2),
+    "frozen": make((4, 6, 3), 3, 4, 5, "table", steps=2, adapted=[False, True, True, False]),
+    "no-step": make((4, 6, 3), 3, 4, 5, "table", steps=0),
+    "first-order": make((4, 6, 3), 3, 4, 5, "table", steps=2, first_order=True),
+}
+
+
+def drawn(name, dtype=torch.float64):
+    return ROUTES[name](dtype, torch.Generator().manual_seed(int.from_bytes(name.encode(), "big") % 1000))
+
+
+def assert_close(a, b):
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11, msg=lambda m, i=i: f"{i}: {m}")
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_store(name):
+    """Kept or recomputed, the gradients are those of the reference, for any cotangents."""
+    call, leaves = leaves_of(drawn(name))
+    grads = {}
+    for store, server in (("all", "reference"), ("all", "auto"), ("recompute", "auto"), ("all", "operator")):
+        with backend(server):
+            result = mlp_adapt(**call, store=store, return_parameters=True)
+        results = [result.outputs, result.losses, *result.parameters]
+        generator = torch.Generator().manual_seed(5)
+        draws = [torch.randn(r.shape, generator=generator, dtype=r.dtype) for r in results]
+        cotangents = [torch.where(r.isfinite(), d, 0.0) for r, d in zip(results, draws, strict=True)]
+        grads[store, server] = torch.autograd.grad(
+            results, leaves, cotangents, allow_unused=True, materialize_grads=True, retain_graph=True
+        )
+        again = torch.autograd.grad(results, leaves, cotangents, allow_unused=True, materialize_grads=True)
+        assert_close(again, grads[store, server])
+    expected = grads.pop(("all", "reference"))
+    for mine in grads.values():
+        assert_close(mine, expected)
+
+
+def truth_of_the_mean(call, leaves, weights):
+    """The gradient of weights[0] outputs + weights[1] losses + weights[2] mean loss, by the reference."""
+    with backend("reference"):
+        result = mlp_adapt(**call)
+    last = result.losses[-1] if result.losses.dim() > 1 else result.losses
+    finite = torch.where(result.outputs.isfinite(), result.outputs, 0.0)
+    total = weights[0] * finite.sin().sum() + weights[1] * result.losses.cos().sum() + weights[2] * last.mean()
+    return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 1), (0, 0, 0.37), (1, 0, 0), (0, 1, 0), (0.5, 2, 3), (0, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", ROUTES)
+def test_mean_loss_in_any_use(name, weights):
+    """Its own gradient, computed in advance, and every mixture with the outputs and the losses, more than once."""
+    call, leaves = leaves_of(drawn(name))
+    expected = truth_of_the_mean(call, leaves, weights)
+    for server in ("auto", "operator"):
+        with backend(server):
+            result = mlp_adapt_mean(**call)
+        finite = torch.where(result.outputs.isfinite(), result.outputs, 0.0)
+        terms = [finite.sin().sum(), result.losses.cos().sum(), result.mean_loss]
+        total = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
+        for _ in range(3):
+            mine = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+            assert_close(mine, expected)
+            # what was handed out may be written to
+            for g in mine:
+                g.add_(1.0)
+
+
+def test_mean_loss_accumulates():
+    """backward twice adds the same gradient twice, also where .grad has taken what was computed in advance."""
+    call, leaves = leaves_of(drawn("table"))
+    expected = truth_of_the_mean(call, leaves, (0, 0, 1))
+    mean = mlp_adapt_mean(**call).mean_loss
+    for times in (1, 2, 3):
+        mean.backward(retain_graph=True)
+        assert_close([leaf.grad for leaf in leaves], [times * g for g in expected])
+    mlp_adapt_mean(**call).mean_loss.backward()
+    assert_close([leaf.grad for leaf in leaves], [4 * g for g in expected])
+
+
+def test_mean_loss_without_a_gradient():
+    call, leaves = leaves_of(drawn("plain"))
+    with_graph = mlp_adapt_mean(**call)
+    with torch.no_grad():
+        without = mlp_adapt_mean(**call)
+    assert not without.mean_loss.requires_grad
+    assert_close(list(without), [t.detach() for t in with_graph])
+    some = mlp_adapt_mean(**{**call, "params": [p.detach() for p in call["params"]]})
+    grads = torch.autograd.grad(some.mean_loss, leaves[-3:-1])
+    assert_close(grads, truth_of_the_mean(call, leaves[-3:-1], (0, 0, 1)))
+    with pytest.raises(ValueError, match="query_y must be given"):
+        mlp_adapt_mean(**{**call, "query_y": None})
+
+
+@needs_native
+@pytest.mark.parametrize("kind", ["mean", "all", "recompute"])
+def test_third_order_is_refused(kind):
+    """In eager mode too, and only when it is asked for."""
+    call, leaves = leaves_of(drawn("plain"))
+
+    def loss():
+        return mlp_adapt_mean(**call).mean_loss if kind == "mean" else mlp_adapt(**call, store=kind).losses.mean()
+
+    grads = torch.autograd.grad(loss(), leaves, create_graph=True)
+    assert_close([g.detach() for g in grads], truth_of_the_mean(call, leaves, (0, 0, 1)))
+    with pytest.raises(RuntimeError, match=r"mlp_adapt: .*third order"):
+        torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+
+
+def test_inputs_changed_in_between_are_an_error():
+    """What backward needs was changed in place: autograd notices, as with any operation of its own."""
+    call, leaves = leaves_of(drawn("plain"))
+    result = mlp_adapt(**call)
+    with torch.no_grad():
+        leaves[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.losses.mean().backward()
+
+
+@needs_native
+@pytest.mark.parametrize("name", ROUTES)
+def test_same_bits_on_any_number_of_threads(name):
+    call, leaves = leaves_of(drawn(name, torch.float32))
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in range(1, 9):
+            torch.set_num_threads(count)
+            mean, kept = mlp_adapt_mean(**call), mlp_adapt(**call)
+            grads = [torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+                     for loss in (mean.mean_loss, kept.losses.mean())]  # fmt: skip
+            runs.append([*mean, *kept[:2], *grads[0], *grads[1]])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["plain", "norm", "meta-sgd"])
+def test_bad_values_stay_in_their_task(name, bad):
+    call = drawn(name, torch.float32)
+    clean = mlp_adapt(**call, return_parameters=True)
+    call["support_x"] = call["support_x"].clone()
+    call["support_x"][1, 0, 0] = bad
+    dirty = mlp_adapt(**call, return_parameters=True)
+    for a, b in zip([*clean[:2], *clean.parameters], [*dirty[:2], *dirty.parameters], strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert not dirty.losses[1].isfinite()
+
+
+@needs_native
+def test_raw_operators_refuse_what_does_not_fit():
+    """Whatever reaches the kernels is checked there too."""
+    weight, x, y, rate = torch.ones(2, 3), torch.ones(4, 5, 3), torch.zeros(4, 5).long(), torch.ones(1, 1)
+    good = dict(
+        params=[weight], lr=[rate], support_x=x, support_y=y, query_x=x, query_y=y, support_offsets=None,
+        query_offsets=None, class_mask=None, adapted=[True], steps=1, loss="cross_entropy", activation="relu",
+        bias=False, norm=False, norm_eps=1e-5, momentum=0.0, weight_decay=0.0, clip=None, first_order=False,
+        every_step=False, return_parameters=False,
+    )  # fmt: skip
+    torch.ops.mtml_fast.mlp_adapt(*good.values())
+    packed, offsets = dict(query_x=x.flatten(0, 1), query_y=y.flatten()), torch.tensor([0, 5, 10, 15, 20])
+    torch.ops.mtml_fast.mlp_adapt(*{**good, **packed, "query_offsets": offsets}.values())
+    for change, message in (
+        (dict(params=[]), "params must hold at least one layer, got none"),
+        (dict(params=[weight, weight]), "adapted must hold one bool for each of the 2 params, got 1"),
+        (dict(params=[weight.half()]), "params must be float32 or float64"),
+        (dict(params=[weight[:, :2]]), "support_x must have D=2 features, as params[0] has, got shape [4, 5, 3]"),
+        (dict(params=[weight.expand(3, 2, 3)]), "params[0] must have a task axis of T=4, got shape [3, 2, 3]"),
+        (dict(lr=[torch.ones(2, 2)]), "lr must be [1 or K=1, 1 or 1], got shape [2, 2]"),
+        (dict(lr=[torch.ones(2, 1)], steps=3), "lr must be [1 or K=3, 1 or 1], got shape [2, 1]"),
+        (dict(lr=[torch.ones(1, 3, 2)]), "lr[0] must be [1 or K=1, *[2, 3]], got shape [1, 3, 2]"),
+        (dict(lr=[]), "lr must hold one table or 1 tensors, got 0"),
+        (dict(lr=[rate * torch.nan]), "lr must be finite, got nan"),
+        (dict(support_x=x.double()), "support_x must have the dtype of params[0], float32"),
+        (dict(query_x=x[:3]), "query_x must hold the 4 tasks of support_x, got 3"),
+        (dict(query_x=x[:, :0], query_y=y[:, :0]), "query_x must hold at least one row in every task"),
+        (dict(support_y=y[:, :4]), "support_y must be [T=4, N=5], got shape [4, 4]"),
+        (dict(support_y=y + 2), "support_y must be in 0..1, got 2"),
+        (dict(query_y=y - 1), "query_y must be in 0..1, got -1"),
+        (dict(query_y=y.int()), "query_y must be int64 class labels"),
+        (dict(loss="mse"), "support_y must be [T=4, N=5, C=2], got shape [4, 5]"),
+        (
+            dict(class_mask=torch.tensor([[False, True]] * 4)),
+            "support_y must be a class of its task in class_mask, got",
+        ),
+        (dict(class_mask=torch.ones(4, 3).bool()), "class_mask must be [T=4, C=2], got shape [4, 3]"),
+        ({**packed, "query_offsets": offsets - 1}, "query_offsets must run from 0 to the number of rows 20, got -1 to"),
+        ({**packed, "query_offsets": offsets * 2}, "query_offsets must run from 0 to the number of rows 20, got 0 to"),
+        (
+            {**packed, "query_offsets": torch.tensor([0, 30, 10, 15, 20])},
+            "query_offsets must increase (no task may be empty), got 30 then 10 at task 1",
+        ),
+        ({**packed, "query_offsets": offsets[1:]}, "query_x must hold the 4 tasks of support_x, got 3"),
+        ({**packed, "query_offsets": offsets.int()}, "query_offsets must be int64"),
+        (dict(steps=-1), "steps must be at least 0, got -1"),
+        (dict(loss="hinge"), "loss must be one of 'cross_entropy', 'mse', 'bce', got 'hinge'"),
+        (dict(momentum=1.0), "momentum must be in [0, 1), got 1"),
+        (dict(clip=0.0), "clip must be above 0, got 0"),
+        (dict(norm_eps=0.0), "norm_eps must be finite, above 0, got 0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            torch.ops.mtml_fast.mlp_adapt(*{**good, **change}.values())
+    cotangents = [torch.ones(1, 4, 5, 2), torch.ones(1, 4), torch.empty(0)]
+    backward = torch.ops.mtml_fast.mlp_adapt_backward
+    assert len(backward(cotangents, *good.values(), [True] * 4)) == 4
+    with pytest.raises(ValueError, match=re.escape("grad_outputs[0] must be [1, 4, 5, 2]")):
+        backward([torch.ones(1, 4, 5, 3), *cotangents[1:]], *good.values(), [True] * 4)
+    with pytest.raises(ValueError, match=re.escape("needs must hold one bool per input tensor (4), got 3")):
+        backward(cotangents, *good.values(), [True] * 3)
