@@ -8,6 +8,7 @@ the same. The backward passes here have no derivative of their own and say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,10 @@ def adapt(arguments: tuple, store: str) -> tuple[Tensor, Tensor, Tensor] | None:
     if not _is_served(arguments):
         return None
     inputs = _differentiable(arguments)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+    needs = [t.requires_grad for t in inputs]
+    if True not in needs or not torch.is_grad_enabled():
         return _SAVING(*arguments, [False] * len(inputs))[:3]
-    return _Adapt.apply(arguments, store, *inputs)
+    return _Adapt.apply(arguments, needs, store, *compress(inputs, needs))
 
 
 def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -65,10 +67,11 @@ def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
     if not _is_served(arguments):
         return None
     inputs = _differentiable(arguments)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+    needs = [t.requires_grad for t in inputs]
+    if True not in needs or not torch.is_grad_enabled():
         outputs, losses, *_ = _SAVING(*arguments, [False] * len(inputs))
         return outputs, losses, (losses[-1] if losses.dim() > 1 else losses).mean()
-    return _AdaptMean.apply(arguments, *inputs)
+    return _AdaptMean.apply(arguments, needs, *compress(inputs, needs))
 
 
 def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -104,8 +107,7 @@ def _differentiable(arguments: tuple) -> list[Tensor]:
 
 class _Adapt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, arguments, store, *inputs):
-        needs = list(ctx.needs_input_grad[2:])
+    def forward(ctx, arguments, needs, store, *inputs):
         ctx.set_materialize_grads(False)
         *results, state = _SAVING(*arguments, needs if store == "all" else [False] * len(needs))
         _save(ctx, arguments, needs, state)
@@ -113,15 +115,14 @@ class _Adapt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        return None, None, *_backward(ctx, cotangents)
+        return None, None, None, *_backward(ctx, cotangents)
 
 
 class _AdaptMean(torch.autograd.Function):
     """The gradient of the mean loss is computed with the loss, while a task's results are in the cache."""
 
     @staticmethod
-    def forward(ctx, arguments, *inputs):
-        needs = list(ctx.needs_input_grad[1:])
+    def forward(ctx, arguments, needs, *inputs):
         ctx.set_materialize_grads(False)
         outputs, losses, _, mean, *ctx.gradients = _GRADIENTS(*arguments, needs)
         ctx.losses_shape = losses.shape
@@ -134,11 +135,11 @@ class _AdaptMean(torch.autograd.Function):
         if d_outputs is None and d_losses is None and kept is not None and not torch.is_grad_enabled():
             scale = d_mean.item()
             if scale != 1:
-                return None, *_for_inputs(ctx.needs, foreach_mul(kept, scale))
+                return None, None, *foreach_mul(kept, scale)
             # handed over for good, so that a parameter's .grad may take them as they are: who comes a second time
             # through a retained graph gets them computed anew
             ctx.gradients = None
-            return None, *_for_inputs(ctx.needs, kept)
+            return None, None, *kept
         if d_mean is not None:
             # the mean's share of the last evaluation's losses
             share = d_mean.new_zeros(ctx.losses_shape)
@@ -147,7 +148,7 @@ class _AdaptMean(torch.autograd.Function):
             d_losses_total = share if d_losses is None else d_losses.detach() + share
         else:
             d_losses_total = d_losses
-        return None, *_backward(ctx, (d_outputs, d_losses_total, None), (d_outputs, d_losses, d_mean))
+        return None, None, *_backward(ctx, (d_outputs, d_losses_total, None), (d_outputs, d_losses, d_mean))
 
 
 class _Final(torch.autograd.Function):
@@ -169,8 +170,8 @@ def _save(ctx, arguments: tuple, needs: list[bool], state: Tensor) -> None:
     ctx.needs = needs
 
 
-def _backward(ctx, cotangents: Sequence[Tensor | None], came_from: Sequence[Tensor | None] = ()) -> list[Tensor | None]:
-    """The gradients by the backward sweep; `came_from`: what the cotangents were made of, where not themselves."""
+def _backward(ctx, cotangents: Sequence[Tensor | None], came_from: Sequence[Tensor | None] = ()) -> Sequence[Tensor]:
+    """The gradients that are needed, by the backward sweep; `came_from`: what the cotangents were made of."""
     *tensors, state = ctx.saved_tensors
     params, rates = ctx.counts
     params, rates, rest = tensors[:params], tensors[params : params + rates], tensors[params + rates :]
@@ -182,13 +183,5 @@ def _backward(ctx, cotangents: Sequence[Tensor | None], came_from: Sequence[Tens
 
     if torch.is_grad_enabled():
         depends_on = [t for t in (came_from or cotangents) if t is not None]
-        return _for_inputs(ctx.needs, _Final.apply(compute, *_differentiable(arguments), *depends_on))
-    return _for_inputs(ctx.needs, compute())
-
-
-def _for_inputs(needs: list[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """A gradient or None for each input."""
-    if len(gradients) == len(needs):
-        return gradients
-    rest = iter(gradients)
-    return [next(rest) if needed else None for needed in needs]
+        return _Final.apply(compute, *_differentiable(arguments), *depends_on)
+    return compute()
