@@ -7,8 +7,12 @@
 namespace mtml {
 namespace {
 
-// Cycles of a vector unit for one task, by counted operations and bytes; docs/maths/mlp_adapt.md derives the counts.
-// What the terms weigh was measured on two processors with AVX2 and AVX-512.
+// Cycles that one task spends on a layer in each form, by counted multiply-adds, passes over memory and calls
+// (docs/maths/mlp_adapt.md). What a term weighs is a fit to some 170 networks on processors with AVX2 and AVX-512.
+struct Cost {
+  double multiply_adds, cycles;
+};
+
 class CostModel {
  public:
   CostModel(const PlanRequest& request, int64_t steps)
@@ -18,40 +22,41 @@ class CostModel {
         q(average(request.all_query_rows) * (request.options.every_step ? steps + 1 : 1)),
         second(request.options.first_order ? 0 : 1) {}
 
-  double dense(int64_t l) const {
-    const double weight = elements(l), first = l == 0;
-    // forward, weight, data; the reverse step: twice each; the first layer's input has neither data nor tangent
-    const double steps = k * n * weight * (first ? 2 : 3) + second * k * n * weight * (first ? 2 : 6);
-    const double query = q * weight * (first ? 2 : 3);
-    // gradient, update, transposed copies and cotangents go through the weight so often in a step
-    const double passes = k * weight * 16;
-    const double bytes = weight * r.element_bytes * (k + 2);
-    const double far = bytes > 256 * 1024 ? 4 : bytes > 32 * 1024 ? 1.5 : 1;
-    return (steps + query) / lanes_per_cycle(0.6) + passes * far / r.lanes;
+  Cost dense(int64_t l) const {
+    const bool first = l == 0;
+    // the first layer's weight lies transposed, the others' are copied so
+    const double weight = first ? width(l) * padded(l + 1) : width(l + 1) * padded(l);
+    // a step is forward, weight and data, its reverse twice each; the first layer's input has neither data nor tangent
+    const double products =
+        k * n * weight * ((first ? 2 : 3) + second * (first ? 2 : 6)) + q * weight * (first ? 2 : 3);
+    const double bytes = weight * double(r.element_bytes) * (first ? 1 : 2) * (k + 2);
+    const double far = bytes > 512 * 1024 ? 4 : bytes > 32 * 1024 ? 1.5 : 1;
+    const double passes = vectors(k * weight) * (first ? 2 : 5) * far;
+    return {products, cycles(products) * 1.15 + passes + 125 * ((first ? 5 : 10) * k + 3)};
   }
 
-  double factored(int64_t l, bool moves) const {
-    const double weight = elements(l), widths = width(l) + width(l + 1);
-    const double shared = k * n * weight * 2 + second * k * n * weight * 2 + q * weight * 2;
-    const double outer = (q + second * 2 * k * n) * weight;
-    double corrections = 0;
+  Cost factored(int64_t l, bool moves) const {
+    const double weight = width(l + 1) * padded(l), widths = padded(l) + padded(l + 1);
+    const double shared = (k * n * (2 + 2 * second) + q * 2) * weight, outer = (q + 2 * second * k * n) * weight;
+    double corrections = 0, calls = 4 * k + 2;
     if (moves) {
       const double before = n * k * (k - 1) / 2;
-      corrections = 2 * n * before * widths * (1 + second) + 2 * q * k * n * widths +
-                    second * 2 * n * (2 * before + k * q) * widths;
+      corrections = 2 * (n * before + q * k * n) * widths + 2 * second * n * (3 * before + k * q) * widths;
+      calls += 8 * std::max(k - 1, 0.0) + 12 * second * k;
     }
-    return shared / lanes_per_cycle(0.7) + outer / lanes_per_cycle(0.85) + corrections / lanes_per_cycle(0.35);
+    return {shared + outer + corrections, cycles(shared + outer) * 0.85 + cycles(corrections) * 2.4 + 230 * calls +
+                                              50 * vectors((k * n + q) * padded(l))};
   }
 
-  double gram(bool query_dense, bool moves) const {
-    const double weight = elements(0), in = width(0), out = width(1);
-    double total = (n + q) * weight / lanes_per_cycle(0.85);
-    if (!query_dense) total += (n + q) * weight / lanes_per_cycle(0.85);
-    if (query_dense) total += (q + n) * weight / lanes_per_cycle(0.5);
-    if (!moves) return total;
-    const double steps = k * n * n * out * (1 + second) * 2;
-    const double cross = query_dense ? 2 * n * weight : q * n * (in + 2 * out);
-    return total + (n * n * in + steps + cross) / lanes_per_cycle(0.4);
+  Cost gram(bool query_dense, bool moves) const {
+    const double weight = width(0) * padded(1), in = width(0), out = padded(1);
+    const double shared = (n + q) * weight * 2;
+    // the products of all rows go through memory, once each way
+    const double rows = 2.7 * (n + q) * out + vectors(2 * k * n * out) * 4;
+    // the Gram matrix is symmetric; dot products are slower than other ones
+    const double dots = moves ? n * n * in * 0.6 + (query_dense ? 2 * n * weight : q * n * in) : 0;
+    const double steps = moves ? k * n * n * out * 2 * (1 + second) + (query_dense ? 0 : 2 * q * n * out) : 0;
+    return {shared + dots + steps, cycles(shared + steps) + 1.4 * cycles(dots) + rows + 150 * (3 * k + 8)};
   }
 
  private:
@@ -60,8 +65,10 @@ class CostModel {
 
   double average(int64_t rows) const { return r.options.tasks ? double(rows) / double(r.options.tasks) : 0; }
   double width(int64_t l) const { return double(r.options.widths[l]); }
-  double elements(int64_t l) const { return width(l) * width(l + 1); }
-  double lanes_per_cycle(double efficiency) const { return 2 * double(r.lanes) * efficiency; }
+  double padded(int64_t l) const { return double((r.options.widths[l] + r.lanes - 1) / r.lanes * r.lanes); }
+  double vectors(double elements) const { return elements / double(r.lanes); }
+  // two units, each a vector a cycle
+  double cycles(double multiply_adds) const { return vectors(multiply_adds) / 2; }
 };
 
 // A form that the environment insists on, for tests: where it is possible.
@@ -123,22 +130,27 @@ OwnedPlan make_plan(const PlanRequest& r) {
     layer.moves = r.moves[param] && K > 0;
     layer.form = Form::kDense;
     layer.query_dense = layer.first_dots = false;
-    const double dense = cost.dense(l);
+    const Cost dense = cost.dense(l);
+    Cost chosen = dense;
     if (!only_dense && l == 0) {
-      const double by_gram = cost.gram(false, layer.moves), by_weight = cost.gram(true, layer.moves);
-      layer.query_dense = layer.moves && !o.every_step && by_weight < by_gram;
-      const double gram = layer.query_dense ? by_weight : by_gram;
-      if ((gram < dense || forced("gram")) && !forced("dense")) layer.form = Form::kGram;
+      const Cost by_gram = cost.gram(false, layer.moves), by_weight = cost.gram(true, layer.moves);
+      layer.query_dense = layer.moves && !o.every_step && by_weight.cycles < by_gram.cycles;
+      const Cost gram = layer.query_dense ? by_weight : by_gram;
+      if ((gram.cycles < dense.cycles || forced("gram")) && !forced("dense")) layer.form = Form::kGram;
       if (forced("gram_cross")) {
         layer.form = Form::kGram;
         layer.query_dense = false;
       }
       if (layer.form != Form::kGram) layer.query_dense = false;
+      if (layer.form == Form::kGram) chosen = gram;
       layer.first_dots = layer.form == Form::kGram && (layer.query_dense || layer.out <= r.lanes);
     }
     if (!only_dense && l > 0) {
-      const bool wins = cost.factored(l, layer.moves) < dense;
-      if ((wins || forced("factored")) && !forced("dense")) layer.form = Form::kFactored;
+      const Cost factored = cost.factored(l, layer.moves);
+      if ((factored.cycles < dense.cycles || forced("factored")) && !forced("dense")) {
+        layer.form = Form::kFactored;
+        chosen = factored;
+      }
     }
     const bool is_dense = layer.form == Form::kDense;
     layer.transposed = is_dense && l == 0 && !r.rate_by_element[param];
@@ -155,6 +167,7 @@ OwnedPlan make_plan(const PlanRequest& r) {
       layer.shift = param;
       layer.shift_at = place(1, layer.out, true, false, false);
     }
+    plan.operations += 2 * chosen.multiply_adds * double(o.tasks);
     plan.widest = std::max({plan.widest, layer.ld_in, layer.ld_out});
     result.layers.push_back(layer);
   }
@@ -281,7 +294,6 @@ OwnedPlan make_plan(const PlanRequest& r) {
   // enough tasks for some thirty rows against a shared panel; a layer of its own weights gains nothing from company
   plan.block = any_factored ? std::clamp<int64_t>(32 / std::max<int64_t>(N, 1), 1, 8) : 1;
 
-  // ---- operations, of forward and backward
   plan.layers = result.layers.data();
   return result;
 }
