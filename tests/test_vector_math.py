@@ -356,8 +356,9 @@ def test_loss(native, dtype, loss, masked, random):
             exact = torch_loss(loss, as_wide[0], labels, as_wide[1], mask, as_wide[2])
             same = torch_loss(loss, z, labels, targets, mask, Rz)
             for what, ours, truth, theirs in zip(("loss", "d", "Rd"), (value, d, Rd), exact, same, strict=True):
-                # differences of probabilities: of size 1 / N
-                size = max(np.abs(truth).max(), 1 / N if loss == "cross_entropy" else 0)
+                # differences of probabilities: of size 1 / N, times that of what they are multiplied with
+                least = (1 + np.abs(Rz).max() if what == "Rd" else 1) / N if loss == "cross_entropy" else 0
+                size = max(np.abs(truth).max(), least)
                 error, torch_error = (np.abs(v - truth).max() for v in (ours, theirs))
                 bound = 1e-12 * size if dtype == np.float64 else 2 * torch_error + 4 * eps * size
                 assert error <= bound, (what, N, C, error, torch_error)
@@ -477,11 +478,12 @@ def test_batch_norm(native, dtype, N, random):
         results = native_batch_norm(native, *case)
         exact = torch_batch_norm(*(a.astype(np.float64) for a in case))
         same = torch_batch_norm(*case)
-        # what is subtracted: rows times a channel's scale, once more for a tangent
+        # how rounding z and its mean moves xh, which all results are made of
         z, gain, _, d, Rz, _, _, Rd = (a.astype(np.float64) for a in case)
         r = (z.var(0) + EPS) ** -0.5
-        first = 1 + np.abs(d).max(0) * (1 + np.abs(gain)) * (1 + r)
-        second = first * (1 + r) * (1 + np.abs(Rz).max(0) + np.abs(Rd).max(0)) * (1 + r)
+        condition = 1 + np.abs(z).max(0) * r
+        first = (1 + np.abs(d).max(0)) * (1 + np.abs(gain)) * (1 + r) * condition
+        second = first * (1 + r) * (1 + np.abs(Rz).max(0) + np.abs(Rd).max(0)) * condition
         sizes = (first,) * 4 + (second,) * 4
         for name, ours, truth, theirs, size in zip(names, results, exact, same, sizes, strict=True):
             scale = (math.sqrt(N) if truth.ndim == 1 else 1) * size
