@@ -333,8 +333,9 @@ void direction(const MlpCall<T>& c, const Task<T>& task, int64_t k) {
         return d;
       };
       double total = 0;
-      T* rate_u =
-          plan.rate_u_rows > 0 ? task.kept + plan.rate_u + (plan.rate_u_rows > 1 ? k : 0) * plan.theta_size : nullptr;
+      // some rates may be the same in all steps and others not
+      const int64_t rate_row = param.rate_step != 0 ? k : 0;
+      T* rate_u = param.rate_gradient ? task.kept + plan.rate_u + rate_row * plan.theta_size : nullptr;
       for (int64_t row = 0; row < place.rows; ++row) {
         const int64_t at = place.at + row * place.ld;
         if (param.rate_sums) {
