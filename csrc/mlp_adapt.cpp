@@ -1,7 +1,10 @@
 #include "mlp_adapt.h"
 
 #include <algorithm>
+#include <map>
+#include <memory>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 #include "isa/choose.h"
@@ -17,117 +20,150 @@ constexpr int64_t kChunkBytes = int64_t{256} << 20;
 constexpr double kOperationsPerThread = 1e6;
 
 template <class T>
-class Run {
+PlanRequest request_of(const MlpArguments<T>& a, const MlpAdapt<T>& kernels) {
+  PlanRequest r;
+  r.options = a.options;
+  r.rate_rows = 0;
+  for (int64_t p = 0; p < a.num_params; ++p) {
+    const MlpParameter<T>& param = a.params[p];
+    r.moves.push_back(param.moves);
+    r.per_task.push_back(param.task_stride != 0);
+    r.rate_by_element.push_back(param.rate_element != 0 && param.moves);
+    if (param.rate_element != 0 && a.wants_rates) {
+      r.rate_rows = std::max(r.rate_rows, param.rate_step == 0 ? int64_t{1} : a.options.steps);
+    }
+  }
+  r.wants_fast = a.wants_fast;
+  r.wants_rates = a.wants_rates;
+  r.wants_support_x = a.wants_support_x;
+  r.wants_query_x = a.wants_query_x;
+  r.element_bytes = sizeof(T);
+  r.lanes = kernels.lanes;
+  r.panel = kernels.panel;
+  r.packed_size = kernels.packed_size;
+  return r;
+}
+
+// The sums over tasks that go into the users' arrays: who comes first writes, the others add.
+template <class T>
+class Totals {
  public:
-  Run(const MlpArguments<T>& arguments, Parallel threads)
+  explicit Totals(const MlpArguments<T>& arguments)
+      : a(arguments), written_(a.num_params), rates_written_(a.num_params) {}
+
+  // whether to add; from now on it is so
+  bool claim(int64_t p) { return std::exchange(written_[p], char(1)); }
+
+  void add(int64_t p, const Place& place, const T* from) { copy(place, from, a.params[p].gradient, claim(p)); }
+
+  void add_rate(int64_t p, const Place& place, const T* from, int64_t row) {
+    T* to = a.params[p].rate_gradient + row * place.rows * place.cols;
+    copy(place, from, to, std::exchange(rates_written_[p], char(row + 1)) > row);
+  }
+
+  // parameters to which no task added
+  void finish(const std::vector<Place>& places) {
+    for (int64_t p = 0; p < a.num_params; ++p) {
+      const MlpParameter<T>& param = a.params[p];
+      const int64_t size = places[p].rows * places[p].cols;
+      if (param.gradient && param.task_stride == 0 && !written_[p]) std::fill_n(param.gradient, size, T(0));
+      if (param.rate_gradient && !rates_written_[p]) {
+        std::fill_n(param.rate_gradient, size * (param.rate_step == 0 ? 1 : a.options.steps), T(0));
+      }
+    }
+  }
+
+ private:
+  const MlpArguments<T>& a;
+  std::vector<char> written_, rates_written_;
+
+  static void copy(const Place& place, const T* from, T* to, bool add) {
+    for (int64_t row = 0; row < place.rows; ++row) {
+      for (int64_t col = 0; col < place.cols; ++col) {
+        T& element = place.transposed ? to[col * place.rows + row] : to[row * place.cols + col];
+        element = add ? element + from[row * place.ld + col] : from[row * place.ld + col];
+      }
+    }
+  }
+};
+
+// The tasks of a call that share a plan: all of them, unless their row counts ask for different forms.
+template <class T>
+class Group {
+ public:
+  Group(const MlpArguments<T>& arguments, const PlanRequest& request, const std::vector<LayerChoice>& forms,
+        std::vector<int64_t> order, Parallel threads)
       : a(arguments),
         kernels_(kernels().mlp_adapt<T>()),
         parallel(threads),
-        owned(make_plan(request())),
+        order_(std::move(order)),
+        tasks(request.tasks),
+        owned(make_plan(request, forms)),
         plan(owned.plan) {
-    call = {&a, &plan, owned.places.data(), owned.num_elements, nullptr, nullptr, nullptr};
+    const bool everyone = order_.empty() || tasks == a.options.tasks;
+    call = {&a,      &plan,  owned.places.data(), owned.num_elements, everyone ? nullptr : order_.data(), nullptr,
+            nullptr, nullptr};
   }
+  Group(const Group&) = delete;
 
-  int64_t state_size() const { return a.options.tasks * plan.state_size; }
+  int64_t state_size() const { return tasks * plan.state_size; }
+  const OwnedPlan& plan_and_places() const { return owned; }
 
   void forward(T* state) {
-    if (a.options.tasks == 0) return;
-    Shared shared(*this, /*first=*/true);
-    Memory<T> none(0);
-    over_blocks(
-        0, a.options.tasks, 1,
-        [&](int64_t begin, int64_t end, T* own_state, T* temp) {
-          T* to = state ? state + begin * plan.state_size : own_state;
-          kernels_.forward(call, begin, end, to, nullptr, temp);
-        },
-        !state);
+    const Shared shared(*this, /*first=*/true);
+    over_blocks(0, tasks, 1, !state, [&](int64_t begin, int64_t end, T* own, T* temp) {
+      kernels_.forward(call, begin, end, state ? state + begin * plan.state_size : own, nullptr, temp);
+    });
   }
 
   // after a forward sweep that left `state`, or (null) with one of its own
-  void backward(const T* state, bool with_results) {
-    zero_rates();
-    if (a.options.tasks == 0) return zero_gradients();
-    MlpArguments<T> silent = a;
-    if (!with_results) {
-      silent.outputs = silent.losses = silent.fast = nullptr;
-      call.arguments = &silent;
-    }
-    Shared shared(*this, /*first=*/!state);
-    const bool factored = std::any_of(owned.layers.begin(), owned.layers.end(),
-                                      [](const MlpLayer& x) { return x.form == Form::kFactored; });
+  void backward(const MlpArguments<T>& with, const T* state, Totals<T>& totals) {
+    call.arguments = &with;
+    const Shared shared(*this, /*first=*/!state);
     // the sums over tasks need the factors of all of them
-    const bool keeps_state = !state && factored;
-    const int64_t per_task = plan.kept_size + (keeps_state ? plan.state_size : 0);
-    int64_t chunk = std::max<int64_t>(1, kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task));
-    chunk = std::min(a.options.tasks, std::max(plan.block, chunk / plan.block * plan.block));
+    const bool keeps = !state && std::any_of(owned.layers.begin(), owned.layers.end(),
+                                             [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
+    const int64_t per_task = plan.kept_size + (keeps ? plan.state_size : 0);
+    int64_t chunk = kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task) / plan.block * plan.block;
+    chunk = std::min(tasks, std::max(plan.block, chunk));
 
-    Memory<T> kept(chunk * plan.kept_size), own(keeps_state ? chunk * plan.state_size : 0);
-    Sums sums(*this);
-    for (int64_t first = 0; first < a.options.tasks; first += chunk) {
-      const int64_t last = std::min(a.options.tasks, first + chunk);
-      over_blocks(
-          first, last, 3,
-          [&](int64_t begin, int64_t end, T* thread_state, T* temp) {
-            T* kept_here = kept + (begin - first) * plan.kept_size;
-            T* at = state         ? const_cast<T*>(state) + begin * plan.state_size
-                    : keeps_state ? own + (begin - first) * plan.state_size
-                                  : thread_state;
-            if (!state) kernels_.forward(call, begin, end, at, kept_here, temp);
-            kernels_.backward(call, begin, end, at, kept_here, temp);
-          },
-          !state && !keeps_state);
-      const T* states = state ? state + first * plan.state_size : own;
-      sums.add(first, last, states, kept);
+    Memory<T> kept(chunk * plan.kept_size), own(keeps ? chunk * plan.state_size : 0);
+    for (int64_t first = 0; first < tasks; first += chunk) {
+      const int64_t last = std::min(tasks, first + chunk);
+      over_blocks(first, last, 3, !state && !keeps, [&](int64_t begin, int64_t end, T* of_thread, T* temp) {
+        T* kept_here = kept + (begin - first) * plan.kept_size;
+        T* at = state   ? const_cast<T*>(state) + begin * plan.state_size
+                : keeps ? own + (begin - first) * plan.state_size
+                        : of_thread;
+        if (!state) kernels_.forward(call, begin, end, at, kept_here, temp);
+        kernels_.backward(call, begin, end, at, kept_here, temp);
+      });
+      add_sums(first, last, state ? state + first * plan.state_size : own, kept, totals);
     }
-    sums.finish();
     call.arguments = &a;
   }
-
-  std::string describe(bool backward) const;
 
  private:
   const MlpArguments<T>& a;
   const MlpAdapt<T>& kernels_;
   Parallel parallel;
+  std::vector<int64_t> order_;
+  int64_t tasks;
   OwnedPlan owned;
   MlpPlan& plan;
   MlpCall<T> call;
 
-  PlanRequest request() const {
-    PlanRequest r;
-    r.options = a.options;
-    r.rate_rows = 0;
-    for (int64_t p = 0; p < a.num_params; ++p) {
-      const MlpParameter<T>& param = a.params[p];
-      r.moves.push_back(param.moves);
-      r.per_task.push_back(param.task_stride != 0);
-      r.rate_by_element.push_back(param.rate_element != 0 && param.moves);
-      if (param.rate_element != 0 && a.wants_rates) {
-        r.rate_rows = std::max(r.rate_rows, param.rate_step == 0 ? int64_t{1} : a.options.steps);
-      }
-    }
-    r.support_rows = a.support.max_rows;
-    r.query_rows = a.query.max_rows;
-    r.all_support_rows = a.support.offsets[a.options.tasks];
-    r.all_query_rows = a.query.offsets[a.options.tasks];
-    r.wants_fast = a.wants_fast;
-    r.wants_rates = a.wants_rates;
-    r.wants_support_x = a.wants_support_x;
-    r.wants_query_x = a.wants_query_x;
-    r.element_bytes = sizeof(T);
-    r.lanes = kernels_.lanes;
-    r.panel = kernels_.panel;
-    r.packed_size = kernels_.packed_size;
-    return r;
+  static int64_t grain(double operations) {
+    return std::max<int64_t>(1, static_cast<int64_t>(kOperationsPerThread / std::max(1.0, operations)));
   }
 
-  // f(begin, end, state, temp) over blocks of the tasks [first, last), each with a thread's own memory
+  // f(begin, end, state, temp) over blocks of the tasks [first, last), with a thread's own memory. `weight`: quarters
+  // of a plan's operations.
   template <class F>
-  void over_blocks(int64_t first, int64_t last, double weight, const F& f, bool needs_state) {
+  void over_blocks(int64_t first, int64_t last, double weight, bool needs_state, const F& f) {
     const int64_t blocks = (last - first + plan.block - 1) / plan.block;
-    const double per_block = std::max(1.0, weight / 4 * plan.operations / double(a.options.tasks) * double(plan.block));
-    const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kOperationsPerThread / per_block));
-    parallel(blocks, grain, [&](int64_t begin, int64_t end) {
+    const double of_block = weight / 4 * plan.operations / double(tasks) * double(plan.block);
+    parallel(blocks, grain(of_block), [&](int64_t begin, int64_t end) {
       Memory<T> temp(plan.block * plan.temp_size), state(needs_state ? plan.block * plan.state_size : 0);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t t = first + block * plan.block;
@@ -136,24 +172,24 @@ class Run {
     });
   }
 
-  // what all tasks share, for the length of a call
+  // what all tasks share, for the length of a sweep
   struct Shared {
     Memory<T> shared, support, query;
 
-    Shared(Run& run, bool first)
-        : shared(run.plan.shared_size),
-          support(first ? run.first_size(run.a.support) : 0),
-          query(first ? run.first_size(run.a.query) : 0) {
-      run.call.shared = shared;
-      run.call.first_support = support;
-      run.call.first_query = query;
-      run.kernels_.prepare(run.call);
-      if (!first || !run.has_first_product()) return;
-      const int64_t rows = run.a.support.offsets[run.a.options.tasks] + run.a.query.offsets[run.a.options.tasks];
-      const MlpLayer& layer = run.owned.layers[0];
-      const double per_row = 2.0 * double(layer.in) * double(layer.out);
-      const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kOperationsPerThread / per_row));
-      run.parallel(rows, grain, [&](int64_t begin, int64_t end) { run.kernels_.first_products(run.call, begin, end); });
+    Shared(Group& group, bool first)
+        : shared(group.plan.shared_size),
+          support(first ? group.first_size(group.a.support) : 0),
+          query(first ? group.first_size(group.a.query) : 0) {
+      group.call.shared = shared;
+      group.call.first_support = support;
+      group.call.first_query = query;
+      group.kernels_.prepare(group.call);
+      if (!first || !group.has_first_product()) return;
+      const int64_t tasks = group.a.options.tasks;
+      const MlpLayer& layer = group.owned.layers[0];
+      const int64_t rows = group.a.support.offsets[tasks] + group.a.query.offsets[tasks];
+      group.parallel(rows, grain(2.0 * double(layer.in) * double(layer.out)),
+                     [&](int64_t begin, int64_t end) { group.kernels_.first_products(group.call, begin, end); });
     }
   };
 
@@ -162,108 +198,153 @@ class Run {
     return has_first_product() ? rows.offsets[a.options.tasks] * owned.layers[0].ld_out : 0;
   }
 
-  // The gradients that are sums over the tasks, chunk by chunk, in their order.
-  struct Sums {
-    Run& run;
-    std::vector<T> theta, rates, weight;  // of parameter vectors, of rates by element, of the first layer's weight
-
-    explicit Sums(Run& r)
-        : run(r),
-          theta(r.plan.theta_size),
-          rates(r.plan.rate_u_rows * r.plan.theta_size),
-          weight(r.owned.layers[0].query_dense ? r.owned.layers[0].out * r.owned.layers[0].ld_in : 0) {}
-
-    void add(int64_t first, int64_t last, const T* states, const T* kept) {
-      const MlpPlan& plan = run.plan;
-      sum(last - first, kept + plan.u, theta);
-      if (!rates.empty()) sum(last - first, kept + plan.rate_u, rates);
-      if (!weight.empty()) sum(last - first, kept + run.owned.layers[0].weight_u, weight);
-      for (int64_t l = 0; l < plan.num_layers; ++l) {
-        const MlpLayer& layer = run.owned.layers[l];
-        if (layer.form == Form::kDense || layer.query_dense || !run.a.params[layer.weight].gradient) continue;
-        const int64_t panel = run.kernels_.panel, panels = (layer.in + panel - 1) / panel;
-        run.parallel(panels, 1, [&](int64_t begin, int64_t end) {
-          Memory<T> scratch(run.kernels_.outer_scratch);
-          run.kernels_.weight_gradient(run.call, l, first, last, states, kept, begin, end, scratch);
-        });
+  // the tasks [first, last) of the group, in their order, whatever the threads
+  void add_sums(int64_t first, int64_t last, const T* states, const T* kept, Totals<T>& totals) {
+    auto sum = [&](const T* vectors, int64_t size) {
+      std::vector<T> total(size);
+      const int64_t least = std::max<int64_t>(1024, 262144 / (last - first));
+      parallel(size, least, [&](int64_t begin, int64_t end) {
+        kernels_.sum_tasks(vectors, plan.kept_size, last - first, begin, end, total.data());
+      });
+      return total;
+    };
+    const std::vector<T> theta = sum(kept + plan.u, plan.theta_size);
+    for (int64_t p = 0; p < a.num_params; ++p) {
+      const Place& place = owned.places[p];
+      if (place.at == kAbsent || !a.params[p].gradient || a.params[p].task_stride != 0) continue;
+      totals.add(p, place, theta.data() + place.at);
+    }
+    for (int64_t row = 0; row < plan.rate_u_rows; ++row) {
+      const std::vector<T> rates = sum(kept + plan.rate_u + row * plan.theta_size, plan.theta_size);
+      for (int64_t p = 0; p < a.num_params; ++p) {
+        const MlpParameter<T>& param = a.params[p];
+        if (!param.rate_gradient || (row > 0 && param.rate_step == 0)) continue;
+        totals.add_rate(p, owned.places[p], rates.data() + owned.places[p].at, row);
       }
     }
-
-    void finish() {
-      for (int64_t p = 0; p < run.a.num_params; ++p) {
-        const MlpParameter<T>& param = run.a.params[p];
-        const Place& place = run.owned.places[p];
-        if (param.gradient && param.task_stride == 0 && place.at != kAbsent) {
-          copy(place, theta.data() + place.at, param.gradient);
-        }
-        if (param.rate_gradient) {
-          const int64_t rows = param.rate_step == 0 ? 1 : run.plan.rate_u_rows;
-          for (int64_t row = 0; row < rows && !rates.empty(); ++row) {
-            copy(place, rates.data() + row * run.plan.theta_size + place.at,
-                 param.rate_gradient + row * place.rows * place.cols);
-          }
-        }
+    for (int64_t l = 0; l < plan.num_layers; ++l) {
+      const MlpLayer& layer = owned.layers[l];
+      if (layer.form == Form::kDense || !a.params[layer.weight].gradient) continue;
+      if (layer.query_dense) {
+        const std::vector<T> weight = sum(kept + layer.weight_u, layer.out * layer.ld_in);
+        totals.add(layer.weight, {layer.out, layer.in, layer.ld_in, 0, false, true}, weight.data());
+        continue;
       }
-      const MlpLayer& first = run.owned.layers[0];
-      T* gradient = run.a.params[first.weight].gradient;
-      if (!weight.empty() && gradient) copy({first.out, first.in, first.ld_in, 0, false, true}, weight.data(), gradient);
-    }
-
-   private:
-    void sum(int64_t tasks, const T* vectors, std::vector<T>& total) {
-      const int64_t grain = std::max<int64_t>(1024, 262144 / tasks);
-      run.parallel(int64_t(total.size()), grain, [&](int64_t begin, int64_t end) {
-        run.kernels_.sum_tasks(vectors, run.plan.kept_size, tasks, begin, end, total.data());
+      const bool add = totals.claim(layer.weight);
+      const int64_t panels = (layer.in + kernels_.panel - 1) / kernels_.panel;
+      parallel(panels, 1, [&](int64_t begin, int64_t end) {
+        Memory<T> scratch(kernels_.outer_scratch);
+        kernels_.weight_gradient(call, l, first, last, states, kept, add, begin, end, scratch);
       });
     }
-    static void copy(const Place& place, const T* from, T* to) {
-      for (int64_t row = 0; row < place.rows; ++row) {
-        if (!place.transposed) {
-          std::copy_n(from + row * place.ld, place.cols, to + row * place.cols);
-          continue;
-        }
-        for (int64_t col = 0; col < place.cols; ++col) to[col * place.rows + row] = from[row * place.ld + col];
-      }
-    }
-  };
+  }
+};
 
-  // rates that no step uses
-  void zero_rates() {
-    for (int64_t p = 0; p < a.num_params; ++p) {
-      const MlpParameter<T>& param = a.params[p];
-      if (param.rate_sums) std::fill_n(param.rate_sums, a.options.tasks * a.options.steps, 0.0);
+template <class T>
+class Run {
+ public:
+  Run(const MlpArguments<T>& arguments, Parallel threads) : a(arguments) {
+    PlanRequest request = request_of(a, kernels().mlp_adapt<T>());
+    // forms by row counts, and the tasks that share them in their order
+    std::map<std::pair<int64_t, int64_t>, size_t> known;
+    std::vector<std::vector<LayerChoice>> forms;
+    std::vector<std::vector<int64_t>> orders;
+    for (int64_t t = 0; t < a.options.tasks; ++t) {
+      const std::pair rows{count(a.support, t), count(a.query, t)};
+      auto [found, is_new] = known.try_emplace(rows, 0);
+      if (is_new) {
+        const auto choice = choose_forms(request, rows.first, rows.second);
+        found->second = size_t(std::find(forms.begin(), forms.end(), choice) - forms.begin());
+        if (found->second == forms.size()) {
+          forms.push_back(choice);
+          orders.emplace_back();
+        }
+      }
+      orders[found->second].push_back(t);
+    }
+    for (size_t i = 0; i < forms.size(); ++i) {
+      request.tasks = int64_t(orders[i].size());
+      request.support_rows = request.query_rows = request.all_support_rows = request.all_query_rows = 0;
+      for (const int64_t t : orders[i]) {
+        request.support_rows = std::max(request.support_rows, count(a.support, t));
+        request.query_rows = std::max(request.query_rows, count(a.query, t));
+        request.all_support_rows += count(a.support, t);
+        request.all_query_rows += count(a.query, t);
+      }
+      groups.push_back(std::make_unique<Group<T>>(a, request, forms[i], std::move(orders[i]), threads));
     }
   }
 
-  void zero_gradients() {
-    for (int64_t p = 0; p < a.num_params; ++p) {
-      const Place& place = owned.places[p];
-      if (a.params[p].gradient && a.params[p].task_stride == 0) {
-        std::fill_n(a.params[p].gradient, place.rows * place.cols, T(0));
-      }
-      if (a.params[p].rate_gradient) {
-        const int64_t rows = a.params[p].rate_step == 0 ? 1 : a.options.steps;
-        std::fill_n(a.params[p].rate_gradient, rows * place.rows * place.cols, T(0));
-      }
+  int64_t state_size() const {
+    int64_t size = 0;
+    for (const auto& group : groups) size += group->state_size();
+    return size;
+  }
+
+  void forward(T* state) {
+    for (const auto& group : groups) {
+      group->forward(state);
+      if (state) state += group->state_size();
     }
+  }
+
+  void backward(const T* state, bool with_results) {
+    for (int64_t p = 0; p < a.num_params; ++p) {
+      if (a.params[p].rate_sums) std::fill_n(a.params[p].rate_sums, a.options.tasks * a.options.steps, 0.0);
+    }
+    MlpArguments<T> with = a;
+    if (!with_results) with.outputs = with.losses = with.fast = nullptr;
+    Totals<T> totals(a);
+    for (const auto& group : groups) {
+      group->backward(with, state, totals);
+      if (state) state += group->state_size();
+    }
+    totals.finish(sizes());
+  }
+
+  std::string describe(bool backward) const;
+
+ private:
+  const MlpArguments<T>& a;
+  std::vector<std::unique_ptr<Group<T>>> groups;
+
+  static int64_t count(const MlpRows<T>& rows, int64_t t) { return rows.offsets[t + 1] - rows.offsets[t]; }
+
+  // the parameters' shapes, also where there are no tasks
+  std::vector<Place> sizes() const {
+    std::vector<Place> result;
+    const MlpOptions& o = a.options;
+    for (int64_t l = 0; l < o.layers; ++l) {
+      const int64_t vectors = o.bias + (o.norm && l + 1 < o.layers ? 2 : 0);
+      result.push_back({o.widths[l + 1], o.widths[l], 0, 0, false, true});
+      for (int64_t i = 0; i < vectors; ++i) result.push_back({1, o.widths[l + 1], 0, 0, false, false});
+    }
+    return result;
   }
 };
 
 template <class T>
 std::string Run<T>::describe(bool backward) const {
   static const char* const kNames[] = {"dense", "factored", "gram"};
+  double operations = 0;
+  int64_t elements = 0;
+  const Group<T>* largest = nullptr;
+  for (const auto& group : groups) {
+    const MlpPlan& plan = group->plan_and_places().plan;
+    const int64_t kept = backward ? group->state_size() / std::max<int64_t>(1, plan.state_size) * plan.kept_size : 0;
+    operations += plan.operations;
+    elements += plan.shared_size + plan.block * plan.temp_size + group->state_size() + kept;
+    if (!largest || group->state_size() > largest->state_size()) largest = group.get();
+  }
   std::ostringstream out;
   out << "{\"layers\": [";
-  for (size_t l = 0; l < owned.layers.size(); ++l) {
-    const MlpLayer& layer = owned.layers[l];
+  for (size_t l = 0; largest && l < largest->plan_and_places().layers.size(); ++l) {
+    const MlpLayer& layer = largest->plan_and_places().layers[l];
     out << (l ? ", " : "") << "{\"in\": " << layer.in << ", \"out\": " << layer.out << ", \"form\": \""
         << kNames[static_cast<int>(layer.form)] << "\"}";
   }
-  const int64_t states = a.options.tasks * plan.state_size;
-  const int64_t bytes = sizeof(T) * (plan.shared_size + plan.block * plan.temp_size + states +
-                                     (backward ? a.options.tasks * plan.kept_size : 0));
-  out << "], \"block\": " << plan.block << ", \"operations\": " << static_cast<int64_t>(plan.operations)
-      << ", \"bytes\": " << bytes << "}";
+  out << "], \"operations\": " << static_cast<int64_t>(operations)
+      << ", \"bytes\": " << elements * static_cast<int64_t>(sizeof(T)) << "}";
   return out.str();
 }
 

@@ -7,29 +7,45 @@
 namespace mtml {
 namespace {
 
-// Cycles that one task spends on a layer in each form, by counted multiply-adds, passes over memory and calls
-// (docs/maths/mlp_adapt.md). What a term weighs is a fit to some 170 networks on processors with AVX2 and AVX-512.
 struct Cost {
   double multiply_adds, cycles;
 };
 
+// steps that are taken: none where nothing moves
+int64_t steps_of(const PlanRequest& r) {
+  return std::any_of(r.moves.begin(), r.moves.end(), [](bool moves) { return moves; }) ? r.options.steps : 0;
+}
+
+// tasks that go through the factored layers together: some thirty rows against a shared panel
+int64_t company(int64_t support_rows) { return std::clamp<int64_t>(32 / std::max<int64_t>(support_rows, 1), 1, 8); }
+
+bool is_plain(const MlpOptions& o) { return o.momentum == 0 && o.weight_decay == 0 && !(o.clip < __builtin_inf()); }
+
+bool any(const std::vector<bool>& flags) {
+  return std::any_of(flags.begin(), flags.end(), [](bool flag) { return flag; });
+}
+
+// Cycles that one task spends on a layer in each form, by counted multiply-adds, passes over memory and calls
+// (docs/maths/mlp_adapt.md). What a term weighs is a fit to some 170 networks on processors with AVX2 and AVX-512.
+
 class CostModel {
  public:
-  CostModel(const PlanRequest& request, int64_t steps)
+  CostModel(const PlanRequest& request, double support_rows, double query_rows)
       : r(request),
-        k(steps),
-        n(average(request.all_support_rows)),
-        q(average(request.all_query_rows) * (request.options.every_step ? steps + 1 : 1)),
+        k(double(steps_of(request))),
+        n(support_rows),
+        q(query_rows * (request.options.every_step ? k + 1 : 1)),
         second(request.options.first_order ? 0 : 1) {}
 
-  Cost dense(int64_t l) const {
+  // `company`: tasks whose weights take turns in the caches
+  Cost dense(int64_t l, int64_t company) const {
     const bool first = l == 0;
     // the first layer's weight lies transposed, the others' are copied so
     const double weight = first ? width(l) * padded(l + 1) : width(l + 1) * padded(l);
     // a step is forward, weight and data, its reverse twice each; the first layer's input has neither data nor tangent
     const double products =
         k * n * weight * ((first ? 2 : 3) + second * (first ? 2 : 6)) + q * weight * (first ? 2 : 3);
-    const double bytes = weight * double(r.element_bytes) * (first ? 1 : 2) * (k + 2);
+    const double bytes = weight * double(r.element_bytes) * (first ? 1 : 2) * (k + 2) * double(company);
     const double far = bytes > 512 * 1024 ? 4 : bytes > 32 * 1024 ? 1.5 : 1;
     const double passes = vectors(k * weight) * (first ? 2 : 5) * far;
     return {products, cycles(products) * 1.15 + passes + 125 * ((first ? 5 : 10) * k + 3)};
@@ -63,7 +79,6 @@ class CostModel {
   const PlanRequest& r;
   double k, n, q, second;
 
-  double average(int64_t rows) const { return r.options.tasks ? double(rows) / double(r.options.tasks) : 0; }
   double width(int64_t l) const { return double(r.options.widths[l]); }
   double padded(int64_t l) const { return double((r.options.widths[l] + r.lanes - 1) / r.lanes * r.lanes); }
   double vectors(double elements) const { return elements / double(r.lanes); }
@@ -81,30 +96,55 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-OwnedPlan make_plan(const PlanRequest& r) {
+std::vector<LayerChoice> choose_forms(const PlanRequest& r, int64_t support_rows, int64_t query_rows) {
+  const MlpOptions& o = r.options;
+  std::vector<LayerChoice> result(o.layers, {Form::kDense, false});
+  // the adapted weight itself is what was asked for, or what the step works on
+  if (!is_plain(o) || any(r.per_task) || any(r.rate_by_element) || r.wants_fast || forced("dense")) return result;
+  const CostModel cost(r, double(support_rows), double(query_rows));
+  const int64_t params = 1 + o.bias + 2 * o.norm;
+  bool any_factored = false;
+  for (int64_t l = 0; l < o.layers; ++l) {
+    const bool moves = r.moves[l * params] && steps_of(r) > 0;
+    const double dense = cost.dense(l, any_factored ? company(support_rows) : 1).cycles;
+    if (l > 0) {
+      if (cost.factored(l, moves).cycles < dense || forced("factored")) {
+        result[l].form = Form::kFactored;
+        any_factored = true;
+      }
+      continue;
+    }
+    const double by_gram = cost.gram(false, moves).cycles, by_weight = cost.gram(true, moves).cycles;
+    const bool query_dense = moves && !o.every_step && by_weight < by_gram;
+    if ((query_dense ? by_weight : by_gram) < dense || forced("gram")) result[l] = {Form::kGram, query_dense};
+    if (forced("gram_cross")) result[l] = {Form::kGram, false};
+  }
+  return result;
+}
+
+OwnedPlan make_plan(const PlanRequest& r, const std::vector<LayerChoice>& forms) {
   OwnedPlan result;
   MlpPlan& plan = result.plan;
   const MlpOptions& o = r.options;
   const int64_t L = o.layers, N = r.support_rows, Q = r.query_rows;
   plan.num_layers = L;
   plan.lanes = r.lanes;
-  plan.steps = std::any_of(r.moves.begin(), r.moves.end(), [](bool moves) { return moves; }) ? o.steps : 0;
+  plan.steps = steps_of(r);
   plan.evaluations = o.every_step ? o.steps + 1 : 1;
   plan.support_rows = N;
   plan.query_rows = Q;
   const int64_t K = plan.steps, S = plan.evaluations;
   const bool clips = o.clip < __builtin_inf();
-  const bool by_element = std::any_of(r.rate_by_element.begin(), r.rate_by_element.end(), [](bool b) { return b; });
-  plan.plain = o.momentum == 0 && o.weight_decay == 0 && !clips;
-  plan.theta_per_task = std::any_of(r.per_task.begin(), r.per_task.end(), [](bool own) { return own; });
+  const bool by_element = any(r.rate_by_element);
+  plan.plain = is_plain(o);
+  plan.theta_per_task = any(r.per_task);
   plan.direct = plan.plain && !by_element;
   plan.needs_gradient = clips || (r.wants_rates && o.momentum == 0);
-  // the adapted weight itself is what was asked for, or what the step works on
-  const bool only_dense = !plan.plain || plan.theta_per_task || r.wants_fast || by_element;
   const bool wants_features = r.wants_support_x || r.wants_query_x;
 
   auto pad = [&](int64_t n) { return round_up(n, r.lanes); };
-  const CostModel cost(r, K);
+  auto average = [&](int64_t rows) { return r.tasks ? double(rows) / double(r.tasks) : 0; };
+  const CostModel cost(r, average(r.all_support_rows), average(r.all_query_rows));
   const bool second_derivative = o.activation != Activation::kRelu && o.activation != Activation::kLeakyRelu &&
                                  o.activation != Activation::kIdentity;
   const bool needs_input = o.activation == Activation::kGelu || o.activation == Activation::kGeluTanh ||
@@ -128,30 +168,13 @@ OwnedPlan make_plan(const PlanRequest& r) {
     layer.hidden = l + 1 < L;
     layer.weight = param;
     layer.moves = r.moves[param] && K > 0;
-    layer.form = Form::kDense;
-    layer.query_dense = layer.first_dots = false;
-    const Cost dense = cost.dense(l);
-    Cost chosen = dense;
-    if (!only_dense && l == 0) {
-      const Cost by_gram = cost.gram(false, layer.moves), by_weight = cost.gram(true, layer.moves);
-      layer.query_dense = layer.moves && !o.every_step && by_weight.cycles < by_gram.cycles;
-      const Cost gram = layer.query_dense ? by_weight : by_gram;
-      if ((gram.cycles < dense.cycles || forced("gram")) && !forced("dense")) layer.form = Form::kGram;
-      if (forced("gram_cross")) {
-        layer.form = Form::kGram;
-        layer.query_dense = false;
-      }
-      if (layer.form != Form::kGram) layer.query_dense = false;
-      if (layer.form == Form::kGram) chosen = gram;
-      layer.first_dots = layer.form == Form::kGram && (layer.query_dense || layer.out <= r.lanes);
-    }
-    if (!only_dense && l > 0) {
-      const Cost factored = cost.factored(l, layer.moves);
-      if ((factored.cycles < dense.cycles || forced("factored")) && !forced("dense")) {
-        layer.form = Form::kFactored;
-        chosen = factored;
-      }
-    }
+    layer.form = forms[l].form;
+    layer.query_dense = forms[l].query_dense;
+    layer.first_dots = layer.form == Form::kGram && (layer.query_dense || layer.out <= r.lanes);
+    const Cost work = layer.form == Form::kDense      ? cost.dense(l, 1)
+                      : layer.form == Form::kFactored ? cost.factored(l, layer.moves)
+                                                      : cost.gram(layer.query_dense, layer.moves);
+    plan.operations += 2 * work.multiply_adds * double(r.tasks);
     const bool is_dense = layer.form == Form::kDense;
     layer.transposed = is_dense && l == 0 && !r.rate_by_element[param];
     layer.weight_at = layer.transposed ? place(layer.in, layer.out, true, true, true)
@@ -167,7 +190,6 @@ OwnedPlan make_plan(const PlanRequest& r) {
       layer.shift = param;
       layer.shift_at = place(1, layer.out, true, false, false);
     }
-    plan.operations += 2 * chosen.multiply_adds * double(o.tasks);
     plan.widest = std::max({plan.widest, layer.ld_in, layer.ld_out});
     result.layers.push_back(layer);
   }
@@ -291,8 +313,10 @@ OwnedPlan make_plan(const PlanRequest& r) {
   }
   plan.temp_size = at;
 
-  // enough tasks for some thirty rows against a shared panel; a layer of its own weights gains nothing from company
-  plan.block = any_factored ? std::clamp<int64_t>(32 / std::max<int64_t>(N, 1), 1, 8) : 1;
+  // blocks of equal size for 2, 4 or 8 threads; layers of their tasks' own weights gain nothing from company
+  const int64_t most = any_factored ? company(N) : 1;
+  const int64_t blocks = round_up((r.tasks + most - 1) / most, most > 1 ? 8 : 1);
+  plan.block = std::max<int64_t>(1, (r.tasks + blocks - 1) / std::max<int64_t>(blocks, 1));
 
   plan.layers = result.layers.data();
   return result;

@@ -11,12 +11,12 @@ namespace mtml::MTML_ISA {
 template <class T>
 class Sweep {
  public:
-  // `state`, `kept` and `temp` belong to the block's tasks, one after the other
+  // the places [begin, end) of the order; `state`, `kept` and `temp` belong to their tasks, one after the other
   MTML_INLINE Sweep(const MlpCall<T>& call, int64_t begin, int64_t end, T* state, T* kept, T* temp)
       : c(call), a(*call.arguments), plan(*call.plan), count(end - begin) {
     for (int64_t i = 0; i < count; ++i) {
       Task<T>& task = tasks[i];
-      task.t = begin + i;
+      task.t = call.order ? call.order[begin + i] : begin + i;
       task.n = a.support.offsets[task.t + 1] - a.support.offsets[task.t];
       task.q = a.query.offsets[task.t + 1] - a.query.offsets[task.t];
       task.x = a.support.x + a.support.offsets[task.t] * a.options.widths[0];
@@ -286,7 +286,7 @@ class Sweep {
         const T* input = l == 0 ? task.xq : task.query(L.hq, s, L.ld_in);
         const int64_t ld_input = l == 0 ? task.ld_x : L.ld_in;
         weight_cotangent_query(c, task, L, input, ld_input);
-        if (L.bias != kAbsent) add_column_sums(task.q, L.ld_out, task.delta, u + L.bias_at);
+        if (bias_counts(c, L)) add_column_sums(task.q, L.ld_out, task.delta, u + L.bias_at);
         if (l == 0 && plan.t_xq != kAbsent) query_feature_cotangent(c, task, k);
         task.in = task.delta;
         task.out = task.temp + plan.t_a;
@@ -399,7 +399,7 @@ class Sweep {
         Task<T>& task = tasks[i];
         weight_cotangent(c, task, L, k, l == 0 ? nullptr : tangent_of_input(task, L, k));
         T* u = task.kept + plan.u;
-        if (L.bias != kAbsent) add_column_sums(task.n, L.ld_out, task.in, u + L.bias_at);
+        if (bias_counts(c, L)) add_column_sums(task.n, L.ld_out, task.in, u + L.bias_at);
         if (l == 0) continue;
         const MlpLayer& below = layer(l - 1);
         const T* h = task.support(L.h, k, L.ld_in);

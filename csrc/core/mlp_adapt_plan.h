@@ -108,6 +108,7 @@ struct MlpCall {
   const MlpPlan* plan;
   const Place* places;   // of each parameter
   int64_t num_elements;  // of all parameters of a task, without padding
+  const int64_t* order;  // which tasks share this plan; null: all, in their order
   T* shared;             // [plan.shared_size]
   T* first_support;      // [R, ld] and [R, ld]: the rows times the first layer's W_0, where it is in Gram form
   T* first_query;
@@ -124,13 +125,13 @@ struct MlpAdapt {
   void (*prepare)(const MlpCall<T>& call);
   // rows [begin, end) of support, then query, times the first layer's shared weight
   void (*first_products)(const MlpCall<T>& call, int64_t begin, int64_t end);
-  // tasks [begin, end), at most plan.block; state, kept and temp are theirs
+  // places [begin, end) of the order, at most plan.block tasks; state, kept and temp are theirs
   void (*forward)(const MlpCall<T>& call, int64_t begin, int64_t end, T* state, T* kept, T* temp);
   void (*backward)(const MlpCall<T>& call, int64_t begin, int64_t end, T* state, T* kept, T* temp);
   // panels [begin, end) of columns of the gradient of layer l's shared weight, in factored or Gram form: the sum over
-  // the tasks [first, last), whose state and kept these are
+  // the places [first, last) of the order, whose state and kept these are; added to what is there, where `add`
   void (*weight_gradient)(const MlpCall<T>& call, int64_t l, int64_t first, int64_t last, const T* state, const T* kept,
-                          int64_t begin, int64_t end, T* scratch);
+                          bool add, int64_t begin, int64_t end, T* scratch);
   // elements [begin, end) of total += sum over `tasks` vectors that lie `stride` apart
   void (*sum_tasks)(const T* vectors, int64_t stride, int64_t tasks, int64_t begin, int64_t end, T* total);
 };

@@ -15,7 +15,8 @@ void mlp_prepare(const MlpCall<T>& c) {
     const MlpLayer& L = plan.layers[l];
     const T* weight = c.arguments->params[L.weight].start;
     if (L.form == Form::kDense) {
-      if (!plan.theta_per_task && !L.transposed) transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
+      if (!plan.theta_per_task && !L.transposed)
+        transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
       continue;
     }
     // panels of W^T [in, out] and of W [out, in]
@@ -41,7 +42,7 @@ void mlp_first_products(const MlpCall<T>& c, int64_t begin, int64_t end) {
 
 template <class T>
 void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t last, const T* state, const T* kept,
-                         int64_t begin, int64_t end, T* scratch) {
+                         bool add, int64_t begin, int64_t end, T* scratch) {
   const MlpArguments<T>& a = *c.arguments;
   const MlpPlan& plan = *c.plan;
   const MlpLayer& L = plan.layers[l];
@@ -49,7 +50,6 @@ void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t 
   constexpr int64_t kSegments = 64;
   Segment<T> segments[kSegments];
   int64_t count = 0;
-  bool add = first > 0;
   const int64_t i_begin = begin * kPanel<T>, i_end = end * kPanel<T> < L.in ? end * kPanel<T> : L.in;
   auto flush = [&](bool always) {
     if (count == 0 && !always) return;
@@ -62,8 +62,9 @@ void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t 
     if (count == kSegments) flush(false);
     segments[count++] = {rows, d, L.ld_out, h, ld_h, T(1)};
   };
-  for (int64_t t = first; t < last; ++t) {
-    const T *own = state + (t - first) * plan.state_size, *own_kept = kept + (t - first) * plan.kept_size;
+  for (int64_t place = first; place < last; ++place) {
+    const int64_t t = c.order ? c.order[place] : place;
+    const T *own = state + (place - first) * plan.state_size, *own_kept = kept + (place - first) * plan.kept_size;
     const int64_t n = a.support.offsets[t + 1] - a.support.offsets[t];
     const int64_t q = a.query.offsets[t + 1] - a.query.offsets[t];
     if (L.form == Form::kGram) {

@@ -119,7 +119,8 @@ MTML_INLINE T rate(const MlpCall<T>& c, int64_t p, int64_t k) {
 // a parameter from the user's array to its place in a vector, and back
 template <class T>
 void to_place(const Place& place, const T* from, T* vector) {
-  if (place.transposed) return transpose<T>(place.cols, place.rows, from, place.rows, T(1), vector + place.at, place.ld);
+  if (place.transposed)
+    return transpose<T>(place.cols, place.rows, from, place.rows, T(1), vector + place.at, place.ld);
   copy_rows(place.rows, place.cols, from, place.cols, vector + place.at, place.ld);
 }
 template <class T>
@@ -138,6 +139,13 @@ void gather_theta(const MlpCall<T>& c, int64_t t, T* theta) {
     const MlpParameter<T>& param = c.arguments->params[p];
     if (c.places[p].at != kAbsent) to_place(c.places[p], param.start + t * param.task_stride, theta);
   }
+}
+
+// Whether the layer's output depends on its bias: a norm behind it takes any constant away, so that the derivative is
+// zero, and not the rounding errors that its terms would leave.
+template <class T>
+MTML_INLINE bool bias_counts(const MlpCall<T>& c, const MlpLayer& L) {
+  return L.bias != kAbsent && !(L.hidden && c.arguments->options.norm);
 }
 
 // The inner gradient at theta_k, by the derivatives d of the layers' outputs; gain and shift come from the backward
@@ -160,6 +168,8 @@ void gradient(const MlpCall<T>& c, const Task<T>& task, int64_t k, bool weights,
     }
     if (L.bias != kAbsent) {
       fill(L.ld_out, grad + L.bias_at, T(0));
+    }
+    if (bias_counts(c, L)) {
       add_column_sums(task.n, L.ld_out, d, grad + L.bias_at);
     }
     if (norms && L.hidden && c.arguments->options.norm) {
@@ -204,7 +214,8 @@ const T* scaled_derivative(const MlpCall<T>& c, const Task<T>& task, const MlpLa
   T* scaled = task.temp + c.plan->t_scaled;
   const T factor = -rate(c, L.weight, k);
   const T* d = task.support(L.d, k, L.ld_out);
-  for_each<T>(task.n * L.ld_out, [&](int64_t i, auto lane) { store(scaled + i, factor * load<decltype(lane)>(d + i)); });
+  for_each<T>(task.n * L.ld_out,
+              [&](int64_t i, auto lane) { store(scaled + i, factor * load<decltype(lane)>(d + i)); });
   return scaled;
 }
 
