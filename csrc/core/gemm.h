@@ -4,8 +4,10 @@
 //     product_blocks   the row blocks of several tasks times one right operand
 //     dots             C = A B^T, along contiguous rows
 //
-// Every element of product's C is one chain of fused multiply-adds over k, in order, from its start: its bits depend
-// neither on the other rows and columns nor on the tile that it falls into. An element of dots depends on K alone.
+// Every element of product's C is one chain of fused multiply-adds over k, in order, from zero or from the row; a
+// matrix to start from is added last, as many small terms added to one large element would each be rounded to it. So
+// its bits depend neither on the other rows and columns nor on the tile that it falls into. An element of dots depends
+// on K alone.
 #pragma once
 
 #include <cstdint>
@@ -93,13 +95,7 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
   T* c = to.c + m * ldc + panel * kPanel<T>;
 
   Lanes sums[R * V];
-  if (to.start == kAdd || to.start == kMatrix) {
-    const T* from = to.start == kAdd ? c : to.row + m * to.ldc + panel * kPanel<T>;
-    unroll<R>([&](auto r) {
-      unroll<V>([&](auto v) { sums[r * V + v] = load<Lanes>(from + v * L); });
-      from += ldc;
-    });
-  } else if (to.start == kRow) {
+  if (to.start == kRow) {
     const T* row = to.row + panel * kPanel<T>;
     unroll<V>([&](auto v) {
       const Lanes value = load<Lanes>(row + v * L);
@@ -134,6 +130,15 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
   } while (product++ != last);
 
   forget(c);
+  if (to.start == kAdd || to.start == kMatrix) {
+    const T* from = to.start == kAdd ? c : to.row + m * ldc + panel * kPanel<T>;
+    unroll<R>([&](auto r) {
+      unroll<V>([&](auto v) { store(c + v * L, load<Lanes>(from + v * L) + sums[r * V + v]); });
+      c += ldc;
+      from += ldc;
+    });
+    return;
+  }
   unroll<R>([&](auto r) {
     unroll<V>([&](auto v) { store(c + v * L, sums[r * V + v]); });
     c += ldc;

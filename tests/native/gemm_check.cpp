@@ -227,8 +227,17 @@ void check_packed(int64_t M, int64_t N, int64_t K, bool by_rows, bool bias) {
   expect(right, shape("pack", M, N, K));
   packed_product(M, N, K, a.data(), lda, packed.data(), bias ? row.data() : nullptr, c.data(), ldc);
   std::vector<T> plain = untouched<T>(M * ldc);
-  product(M, N, plain.data(), ldc, bias ? kRow : kZero, row.data(),
-          Product<T>{{a.data(), lda, 1}, {packed.data(), kPanel<T>, K * kPanel<T>}, K});
+  // block after block of terms, each a sum of its own
+  for (int64_t k = 0; k < std::max<int64_t>(K, 1); k += kBlockTerms) {
+    product(M, N, plain.data(), ldc,
+            k > 0  ? kAdd
+            : bias ? kRow
+                   : kZero,
+            row.data(),
+            Product<T>{{a.data() + k, lda, 1},
+                       {packed.data() + k * kPanel<T>, kPanel<T>, K * kPanel<T>},
+                       std::min(kBlockTerms, K - k)});
+  }
   expect(c == plain, shape("packed_product", M, N, K));
 }
 
