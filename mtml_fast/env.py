@@ -22,6 +22,10 @@ VARIABLES = (
     ("MTML_FAST_CACHE", "folder of decoded data sets (else in XDG_CACHE_HOME)"),
     ("MTML_FAST_DATA", "folder with the real data sets that some tests use"),
     ("MTML_FAST_DEBUG", "1: the command line shows the traceback of an error"),
+    (
+        "MTML_FAST_FORM",
+        "dense, factored, gram or gram_cross: insist on a form of mlp_adapt's weights where it is possible, for tests",
+    ),
     ("MTML_FAST_TEST_SEED", "seed of the operator battery, to repeat a failure"),
 )
 
