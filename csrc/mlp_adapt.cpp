@@ -1,7 +1,6 @@
 #include "mlp_adapt.h"
 
 #include <algorithm>
-#include <map>
 #include <memory>
 #include <sstream>
 #include <utility>
@@ -246,21 +245,26 @@ class Run {
   Run(const MlpArguments<T>& arguments, Parallel threads) : a(arguments) {
     PlanRequest request = request_of(a, kernels().mlp_adapt<T>());
     // forms by row counts, and the tasks that share them in their order
-    std::map<std::pair<int64_t, int64_t>, size_t> known;
+    std::vector<Known> known;
     std::vector<std::vector<LayerChoice>> forms;
     std::vector<std::vector<int64_t>> orders;
+    size_t last = 0;
     for (int64_t t = 0; t < a.options.tasks; ++t) {
-      const std::pair rows{count(a.support, t), count(a.query, t)};
-      auto [found, is_new] = known.try_emplace(rows, 0);
-      if (is_new) {
-        const auto choice = choose_forms(request, rows.first, rows.second);
-        found->second = size_t(std::find(forms.begin(), forms.end(), choice) - forms.begin());
-        if (found->second == forms.size()) {
-          forms.push_back(choice);
-          orders.emplace_back();
-        }
+      const int64_t support_rows = count(a.support, t), query_rows = count(a.query, t);
+      auto fits = [&](const Known& k) { return k.support_rows == support_rows && k.query_rows == query_rows; };
+      if (known.empty() || !fits(known[last])) {
+        last = size_t(std::find_if(known.begin(), known.end(), fits) - known.begin());
       }
-      orders[found->second].push_back(t);
+      if (last == known.size()) {
+        const auto choice = choose_forms(request, support_rows, query_rows);
+        const size_t form = size_t(std::find(forms.begin(), forms.end(), choice) - forms.begin());
+        if (form == forms.size()) {
+          forms.push_back(choice);
+          orders.emplace_back().reserve(a.options.tasks);
+        }
+        known.push_back({support_rows, query_rows, form});
+      }
+      orders[known[last].form].push_back(t);
     }
     for (size_t i = 0; i < forms.size(); ++i) {
       request.tasks = int64_t(orders[i].size());
@@ -307,6 +311,11 @@ class Run {
  private:
   const MlpArguments<T>& a;
   std::vector<std::unique_ptr<Group<T>>> groups;
+
+  struct Known {
+    int64_t support_rows, query_rows;
+    size_t form;
+  };
 
   static int64_t count(const MlpRows<T>& rows, int64_t t) { return rows.offsets[t + 1] - rows.offsets[t]; }
 
