@@ -47,8 +47,7 @@ PlanRequest request_of(const MlpArguments<T>& a, const MlpAdapt<T>& kernels) {
 template <class T>
 class Totals {
  public:
-  explicit Totals(const MlpArguments<T>& arguments)
-      : a(arguments), written_(a.num_params), rates_written_(a.num_params) {}
+  explicit Totals(const MlpArguments<T>& arguments) : a(arguments), written_(a.num_params), rate_rows_(a.num_params) {}
 
   // whether to add; from now on it is so
   bool claim(int64_t p) { return std::exchange(written_[p], char(1)); }
@@ -56,8 +55,10 @@ class Totals {
   void add(int64_t p, const Place& place, const T* from) { copy(place, from, a.params[p].gradient, claim(p)); }
 
   void add_rate(int64_t p, const Place& place, const T* from, int64_t row) {
+    std::vector<char>& written = rate_rows_[p];
+    written.resize(std::max<size_t>(written.size(), size_t(row) + 1));
     T* to = a.params[p].rate_gradient + row * place.rows * place.cols;
-    copy(place, from, to, std::exchange(rates_written_[p], char(row + 1)) > row);
+    copy(place, from, to, std::exchange(written[row], char(1)));
   }
 
   // parameters to which no task added
@@ -66,7 +67,7 @@ class Totals {
       const MlpParameter<T>& param = a.params[p];
       const int64_t size = places[p].rows * places[p].cols;
       if (param.gradient && param.task_stride == 0 && !written_[p]) std::fill_n(param.gradient, size, T(0));
-      if (param.rate_gradient && !rates_written_[p]) {
+      if (param.rate_gradient && rate_rows_[p].empty()) {
         std::fill_n(param.rate_gradient, size * (param.rate_step == 0 ? 1 : a.options.steps), T(0));
       }
     }
@@ -74,7 +75,8 @@ class Totals {
 
  private:
   const MlpArguments<T>& a;
-  std::vector<char> written_, rates_written_;
+  std::vector<char> written_;
+  std::vector<std::vector<char>> rate_rows_;  // [P][1 or K]
 
   static void copy(const Place& place, const T* from, T* to, bool add) {
     for (int64_t row = 0; row < place.rows; ++row) {
@@ -119,10 +121,11 @@ class Group {
   void backward(const MlpArguments<T>& with, const T* state, Totals<T>& totals) {
     call.arguments = &with;
     const Shared shared(*this, /*first=*/!state);
-    // the sums over tasks need the factors of all of them
-    const bool keeps = !state && std::any_of(owned.layers.begin(), owned.layers.end(),
-                                             [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
-    const int64_t per_task = plan.kept_size + (keeps ? plan.state_size : 0);
+    // the sums over tasks need the factors of all of them; chunks are the same, kept state or not
+    const bool factored = std::any_of(owned.layers.begin(), owned.layers.end(),
+                                      [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
+    const bool keeps = !state && factored;
+    const int64_t per_task = plan.kept_size + (factored ? plan.state_size : 0);
     int64_t chunk = kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task) / plan.block * plan.block;
     chunk = std::min(tasks, std::max(plan.block, chunk));
 

@@ -71,7 +71,7 @@ class CostModel {
     const double rows = 2.7 * (n + q) * out + vectors(2 * k * n * out) * 4;
     // the Gram matrix is symmetric; dot products are slower than other ones
     const double dots = moves ? n * n * in * 0.6 + (query_dense ? 2 * n * weight : q * n * in) : 0;
-    const double steps = moves ? k * n * n * out * 2 * (1 + second) + (query_dense ? 0 : 2 * q * n * out) : 0;
+    const double steps = moves ? k * n * n * out * (1 + second) + (query_dense ? 0 : 2 * q * n * out) : 0;
     return {shared + dots + steps, cycles(shared + steps) + 1.4 * cycles(dots) + rows + 150 * (3 * k + 8)};
   }
 

@@ -185,6 +185,25 @@ MTML_INLINE void columns(const Output<T>& to, int64_t M, int64_t panel) {
   for (int64_t i = 0; i < tiles.low; ++i, m += tiles.rows - 1) low(to, m, panel);
 }
 
+// Few terms and many columns: the writing of C takes the time, so that whole rows are written one after the other.
+template <class T>
+MTML_INLINE bool is_wide(const Output<T>& to, int64_t vectors) {
+  int64_t terms = 0;
+  for (int i = 0; i < to.num_products; ++i) terms += to.products[i].k;
+  return terms <= 16 && vectors >= 16;
+}
+
+template <class T>
+void wide_rows(const Output<T>& to, int64_t M, int64_t panels) {
+  const RowTiles tiles = row_tiles<tile_rows(2)>(M);
+  int64_t m = 0;
+  for (int64_t i = 0; i < tiles.high + tiles.low; ++i) {
+    const int64_t rows = i < tiles.high ? tiles.rows : tiles.rows - 1;
+    for (int64_t panel = 0; panel < panels; ++panel) kTiles<T, 2>[rows](to, m, panel);
+    m += rows;
+  }
+}
+
 template <class T>
 MTML_INLINE void all_columns(const Output<T>& to, int64_t M, int64_t N) {
   if (M <= 0) return;
@@ -195,6 +214,11 @@ MTML_INLINE void all_columns(const Output<T>& to, int64_t M, int64_t N) {
   }
   if (M <= tile_rows(4)) {
     for (; vectors >= 4; vectors -= 4, panel += 2) kTiles<T, 4>[M](to, 0, panel);
+  }
+  if (panel == 0 && is_wide(to, vectors)) {
+    panel = vectors / 2;
+    wide_rows(to, M, panel);
+    vectors -= 2 * panel;
   }
   for (; vectors >= 2; vectors -= 2, ++panel) columns<2>(to, M, panel);
   if (vectors > 0) columns<1>(to, M, panel);

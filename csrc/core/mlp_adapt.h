@@ -25,6 +25,8 @@ class Sweep {
       task.state = state + i * plan.state_size;
       task.kept = kept + i * plan.kept_size;
       task.temp = temp + i * plan.temp_size;
+      task.dx = feature_gradient(a.support, task.t, task.temp + plan.t_xs);
+      task.dxq = feature_gradient(a.query, task.t, task.temp + plan.t_xq);
       if (plan.copies_x) {
         const MlpLayer& first = plan.layers[0];
         task.ld_x = first.ld_in;
@@ -73,6 +75,12 @@ class Sweep {
   const MlpPlan& plan;
   int64_t count;
   Task<T> tasks[kMaxBlock];
+
+  // the user's array itself, where its rows are whole vectors
+  T* feature_gradient(const MlpRows<T>& rows, int64_t t, T* temp) const {
+    const bool whole = rows.x_gradient && layer(0).ld_in == layer(0).in;
+    return whole ? rows.x_gradient + rows.offsets[t] * layer(0).in : temp;
+  }
 
   // the activation's loops, each compiled for every activation
   template <class F>
@@ -258,8 +266,8 @@ class Sweep {
         fill(task.q * plan.small_ld, task.temp + plan.t_mm, T(0));
       }
     }
-    if (plan.t_xs != kAbsent) fill(task.n * first.ld_in, task.temp + plan.t_xs, T(0));
-    if (plan.t_xq != kAbsent) fill(task.q * first.ld_in, task.temp + plan.t_xq, T(0));
+    if (plan.t_xs != kAbsent) fill(task.n * first.ld_in, task.dx, T(0));
+    if (plan.t_xq != kAbsent && plan.evaluations > 1) fill(task.q * first.ld_in, task.dxq, T(0));
     if (!a.d_fast) return;
     const T* from = a.d_fast + task.t * c.num_elements;
     for (int64_t p = 0; p < a.num_params; ++p) {
@@ -443,13 +451,11 @@ class Sweep {
     const int64_t features = a.options.widths[0], ld = layer(0).ld_in;
     for (int64_t i = 0; i < count; ++i) {
       Task<T>& task = tasks[i];
-      if (plan.t_xs != kAbsent) {
-        copy_rows(task.n, features, task.temp + plan.t_xs, ld,
-                  a.support.x_gradient + a.support.offsets[task.t] * features, features);
+      if (plan.t_xs != kAbsent && ld != features) {
+        copy_rows(task.n, features, task.dx, ld, a.support.x_gradient + a.support.offsets[task.t] * features, features);
       }
-      if (plan.t_xq != kAbsent) {
-        copy_rows(task.q, features, task.temp + plan.t_xq, ld, a.query.x_gradient + a.query.offsets[task.t] * features,
-                  features);
+      if (plan.t_xq != kAbsent && ld != features) {
+        copy_rows(task.q, features, task.dxq, ld, a.query.x_gradient + a.query.offsets[task.t] * features, features);
       }
       for (int64_t p = 0; p < a.num_params; ++p) {
         const MlpParameter<T>& param = a.params[p];

@@ -360,14 +360,14 @@ void linear_backward_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count,
     Task<T>& task = tasks[i];
     const T* d = task.support(L.d, k, L.ld_out);
     if (L.transposed) {
-      T* out = task.temp + plan.t_xs;
+      T* out = task.dx;
       dots<T>(task.n, L.in, L.out, task.in, L.ld_out, task.theta(c, k) + L.weight_at, L.ld_out, out, L.ld_in, true);
       if (!L.moves) continue;
       dots<T>(task.n, L.in, L.out, d, L.ld_out, task.temp + plan.t_r + L.weight_at, L.ld_out, out, L.ld_in, true);
       continue;
     }
     if (L.form == Form::kDense) {
-      T* out = l == 0 ? task.temp + plan.t_xs : task.out;
+      T* out = l == 0 ? task.dx : task.out;
       const bool scales = plan.direct && L.moves;
       const T* along = scales ? scaled_derivative(c, task, L, k) : d;
       const T* v = (scales ? task.kept + plan.u : task.temp + plan.t_r) + L.weight_at;
@@ -425,13 +425,14 @@ template <class T>
 void query_feature_cotangent(const MlpCall<T>& c, Task<T>& task, int64_t k) {
   const MlpLayer& L = c.plan->layers[0];
   if (L.form == Form::kGram && !L.query_dense) return;
+  const bool add = c.plan->evaluations > 1;
   if (L.transposed) {
-    dots<T>(task.q, L.in, L.out, task.delta, L.ld_out, task.theta(c, k) + L.weight_at, L.ld_out,
-            task.temp + c.plan->t_xq, L.ld_in, true);
+    dots<T>(task.q, L.in, L.out, task.delta, L.ld_out, task.theta(c, k) + L.weight_at, L.ld_out, task.dxq, L.ld_in,
+            add);
     return;
   }
   const T* weight = L.query_dense ? task.state + L.query_weight : task.theta(c, k) + L.weight_at;
-  product<T>(task.q, L.in, task.temp + c.plan->t_xq, L.ld_in, kAdd, nullptr,
+  product<T>(task.q, L.in, task.dxq, L.ld_in, add ? kAdd : kZero, nullptr,
              {{task.delta, L.ld_out, 1}, by_rows(weight, L.ld_in), L.out});
 }
 
@@ -464,7 +465,7 @@ void gram_feature_cotangents(const MlpCall<T>& c, Task<T>* tasks, int64_t count)
     for (int64_t i = 0; i < count; ++i) {
       tasks[i].rows = tasks[i].n;
       tasks[i].in = tasks[i].kept + L.row_sum;
-      tasks[i].out = tasks[i].temp + plan.t_xs;
+      tasks[i].out = tasks[i].dx;
     }
     shared_product<T>(tasks, count, c.shared + L.packed_out, L.out, L.in, L.ld_out, L.ld_in, nullptr);
   }
@@ -472,7 +473,7 @@ void gram_feature_cotangents(const MlpCall<T>& c, Task<T>* tasks, int64_t count)
     for (int64_t i = 0; i < count; ++i) {
       tasks[i].rows = tasks[i].q;
       tasks[i].in = tasks[i].kept + L.q_sum;
-      tasks[i].out = tasks[i].temp + plan.t_xq;
+      tasks[i].out = tasks[i].dxq;
     }
     shared_product<T>(tasks, count, c.shared + L.packed_out, L.out, L.in, L.ld_out, L.ld_in, nullptr);
   }
@@ -482,7 +483,7 @@ void gram_feature_cotangents(const MlpCall<T>& c, Task<T>* tasks, int64_t count)
     const Right<T> x = by_rows(task.x, task.ld_x);
     const T *bb = task.temp + plan.t_bb, *mm = task.temp + plan.t_mm;
     if (plan.t_xs != kAbsent && second_order) {
-      T* to = task.temp + plan.t_xs;
+      T* to = task.dx;
       product<T>(task.n, L.in, to, L.ld_in, kAdd, nullptr, {{bb, ld, 1}, x, task.n}, {{bb, 1, ld}, x, task.n});
       if (L.query_dense) {
         T* esum = task.temp + plan.t_esum;
@@ -498,7 +499,7 @@ void gram_feature_cotangents(const MlpCall<T>& c, Task<T>* tasks, int64_t count)
       }
     }
     if (plan.t_xq != kAbsent && !L.query_dense) {
-      product<T>(task.q, L.in, task.temp + plan.t_xq, L.ld_in, kAdd, nullptr, {{mm, ld, 1}, x, task.n});
+      product<T>(task.q, L.in, task.dxq, L.ld_in, kAdd, nullptr, {{mm, ld, 1}, x, task.n});
     }
   }
 }

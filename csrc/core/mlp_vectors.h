@@ -77,6 +77,7 @@ struct Task {
   const T *x, *xq;  // [n][ld_x], [q][ld_x]
   int64_t ld_x;
   T *state, *kept, *temp;
+  T *dx, *dxq;  // gradients by the features [n][ld_in], [q][ld_in], where they are wanted
   // what the layer at hand works on: rows, their input, its output; and the cotangent on its way down
   int64_t rows;
   const T* in;
