@@ -377,7 +377,8 @@ ROUTES = {
 
 
 def drawn(name, dtype=torch.float64):
-    return ROUTES[name](dtype, torch.Generator().manual_seed(int.from_bytes(name.encode(), "big") % 1000))
+    generator = torch.Generator().manual_seed(int.from_bytes(name.encode(), "big") % 1000)
+    return {**ROUTES, **THREADED}[name](dtype, generator)
 
 
 def assert_close(a, b):
@@ -489,7 +490,31 @@ def test_inputs_changed_in_between_are_an_error():
 
 
 @needs_native
-@pytest.mark.parametrize("name", ROUTES)
+def test_rates_of_more_tasks_than_are_in_memory_at_once():
+    """Cotangents of 42 MB a task: the sums of every row of the rates go on from one chunk of tasks to the next."""
+    generator, (tasks, rows, inputs, outputs, steps) = torch.Generator().manual_seed(0), (7, 2, 500, 100, 104)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    weight, x, y = draw(outputs, inputs) / 30, draw(1, rows, inputs), draw(1, rows, outputs)
+    rates = torch.full((steps, outputs, inputs), 0.01, dtype=torch.float64, requires_grad=True)
+
+    def gradient(tasks):
+        rows = [r.expand(tasks, -1, -1) for r in (x, y, x + 1, y)]
+        losses = mlp_adapt([weight], *rows, lr=[rates], steps=steps, bias=False, loss="mse").losses
+        return torch.autograd.grad(losses.sum(), rates)[0]
+
+    torch.testing.assert_close(gradient(tasks), tasks * gradient(1), rtol=1e-9, atol=1e-12)
+
+
+# as much work as is worth threads, which the small calls are not
+THREADED = {
+    "threads-norm": make((64, 96, 48, 5), 24, 5, 6, "layer", steps=3, norm=True),
+    "threads-starts": make((64, 96, 5), 8, 9, 6, steps=3, per_task_start=(0, 1, 2, 3)),
+    "threads-ragged": make((200, 64, 32, 5), 16, [1, 9, 4, 30] * 4, [7, 2, 3, 25] * 4, "layer", steps=2),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("name", [*ROUTES, *THREADED])
 def test_same_bits_on_any_number_of_threads(name):
     call, leaves = leaves_of(drawn(name, torch.float32))
     runs, threads = [], torch.get_num_threads()
