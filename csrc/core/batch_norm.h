@@ -57,12 +57,16 @@ void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift
     V mean[W], scale[W];
     sum_over_rows(N, mean, [&](int64_t i, auto k, V sum) { return sum + load<V>(z + i * ld + c + k * L); });
     unroll<W>([&](auto k) { mean[k] *= mean_of; });
-    sum_over_rows(N, scale, [&](int64_t i, auto k, V sum) {
-      const V centered = load<V>(z + i * ld + c + k * L) - mean[k];
-      return sum + centered * centered;
+    // What the mean's rounding leaves is taken away too, as the reverse counts on rows of xh that add up to nothing: a
+    // channel's mean may be far larger than its deviation.
+    V sums[2 * W];  // of what is centered, and of its squares
+    sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
+      const V centered = load<V>(z + i * ld + c + k % W * L) - mean[k % W];
+      return k < W ? sum + centered : sum + centered * centered;
     });
     unroll<W>([&](auto k) {
-      scale[k] = T(1) / sqrt_<T>((scale[k] + sum_of_eps) * mean_of);
+      sums[k] *= mean_of;
+      scale[k] = T(1) / sqrt_<T>((sums[k + W] + sum_of_eps) * mean_of - sums[k] * sums[k]);
       store(r + c + k * L, scale[k]);
     });
     V g[W], b[W];
@@ -73,7 +77,7 @@ void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift
     for (int64_t i = 0; i < N; ++i) {
       unroll<W>([&](auto k) {
         const int64_t at = i * ld + c + k * L;
-        const V x = (load<V>(z + at) - mean[k]) * scale[k];
+        const V x = (load<V>(z + at) - mean[k] - sums[k]) * scale[k];
         store(xh + at, x);
         store(y + at, x * g[k] + b[k]);
       });
