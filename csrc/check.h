@@ -1,9 +1,10 @@
 // The only way in which C++ refuses an argument: one line that says what it must be and what it was. Python receives it
-// as ValueError. And the shapes that such lines show.
+// as ValueError. The shapes that such lines show, and what is said where memory runs out.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <ostream>
 #include <sstream>
 #include <stdexcept>
@@ -32,6 +33,16 @@ inline std::ostream& operator<<(std::ostream& out, const Shape& shape) {
   for (int64_t axis = 0; axis < shape.dim; ++axis) out << (axis ? ", " : "") << shape.sizes[axis];
   return out << "]";
 }
+
+// Python receives it as MemoryError.
+class NoMemory : public std::bad_alloc {
+ public:
+  explicit NoMemory(const std::string& wanted) : text_("mtml_fast: there is no memory for " + wanted) {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
 
 }  // namespace mtml
 

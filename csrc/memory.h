@@ -3,8 +3,11 @@
 
 #include <cstdint>
 #include <new>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "check.h"
 
 namespace mtml {
 
@@ -28,7 +31,11 @@ class BlockPool {
       const bool fits = blocks_[i].bytes >= bytes && blocks_[i].bytes <= 2 * bytes + kSmall;
       if (fits && (best == blocks_.size() || blocks_[i].bytes < blocks_[best].bytes)) best = i;
     }
-    if (best == blocks_.size()) return {::operator new(bytes, kAlign), bytes};
+    if (best == blocks_.size()) {
+      void* data = ::operator new(bytes, kAlign, std::nothrow);
+      if (!data) throw NoMemory(std::to_string(bytes) + " bytes");
+      return {data, bytes};
+    }
     const Block block = blocks_[best];
     blocks_.erase(blocks_.begin() + static_cast<int64_t>(best));
     held_ -= block.bytes;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "isa/choose.h"
 #include "memory.h"
 #include "mlp_adapt_plan.h"
@@ -107,7 +108,23 @@ class Group {
   }
   Group(const Group&) = delete;
 
-  int64_t state_size() const { return tasks * plan.state_size; }
+  int64_t state_size() const {
+    int64_t size;
+    if (__builtin_mul_overflow(tasks, plan.state_size * int64_t(sizeof(T)), &size)) {
+      throw NoMemory(message("the state of ", tasks, " tasks of ", plan.state_size, " elements each"));
+    }
+    return tasks * plan.state_size;
+  }
+
+  // elements that a sweep takes besides the state between the sweeps, on one thread
+  int64_t workspace(bool backward, bool kept_state) const {
+    const int64_t of_tasks =
+        backward ? chunk() * (plan.kept_size + (!kept_state && factored() ? plan.state_size : 0)) : 0;
+    const bool own_state = !kept_state && !(backward && factored());
+    const int64_t first = backward && kept_state ? 0 : first_size(a.support) + first_size(a.query);
+    return plan.shared_size + first + of_tasks + plan.block * (plan.temp_size + (own_state ? plan.state_size : 0));
+  }
+
   const OwnedPlan& plan_and_places() const { return owned; }
 
   void forward(T* state) {
@@ -121,17 +138,12 @@ class Group {
   void backward(const MlpArguments<T>& with, const T* state, Totals<T>& totals) {
     call.arguments = &with;
     const Shared shared(*this, /*first=*/!state);
-    // the sums over tasks need the factors of all of them; chunks are the same, kept state or not
-    const bool factored = std::any_of(owned.layers.begin(), owned.layers.end(),
-                                      [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
-    const bool keeps = !state && factored;
-    const int64_t per_task = plan.kept_size + (factored ? plan.state_size : 0);
-    int64_t chunk = kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task) / plan.block * plan.block;
-    chunk = std::min(tasks, std::max(plan.block, chunk));
+    const bool keeps = !state && factored();
+    const int64_t step = chunk();
 
-    Memory<T> kept(chunk * plan.kept_size), own(keeps ? chunk * plan.state_size : 0);
-    for (int64_t first = 0; first < tasks; first += chunk) {
-      const int64_t last = std::min(tasks, first + chunk);
+    Memory<T> kept(step * plan.kept_size), own(keeps ? step * plan.state_size : 0);
+    for (int64_t first = 0; first < tasks; first += step) {
+      const int64_t last = std::min(tasks, first + step);
       over_blocks(first, last, 3, !state && !keeps, [&](int64_t begin, int64_t end, T* of_thread, T* temp) {
         T* kept_here = kept + (begin - first) * plan.kept_size;
         T* at = state   ? const_cast<T*>(state) + begin * plan.state_size
@@ -154,6 +166,19 @@ class Group {
   OwnedPlan owned;
   MlpPlan& plan;
   MlpCall<T> call;
+
+  bool factored() const {
+    return std::any_of(owned.layers.begin(), owned.layers.end(),
+                       [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
+  }
+
+  // tasks whose arrays are held together for the sums over tasks, which need the factors of all of them; as many, kept
+  // state or not
+  int64_t chunk() const {
+    const int64_t per_task = plan.kept_size + (factored() ? plan.state_size : 0);
+    const int64_t fit = kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task) / plan.block * plan.block;
+    return std::min(tasks, std::max(plan.block, fit));
+  }
 
   static int64_t grain(double operations) {
     return std::max<int64_t>(1, static_cast<int64_t>(kOperationsPerThread / std::max(1.0, operations)));
@@ -224,21 +249,28 @@ class Group {
         totals.add_rate(p, owned.places[p], rates.data() + owned.places[p].at, row);
       }
     }
+    std::vector<std::pair<int64_t, bool>> weights;  // layers whose weights' gradients are products, and whether to add
     for (int64_t l = 0; l < plan.num_layers; ++l) {
       const MlpLayer& layer = owned.layers[l];
       if (layer.form == Form::kDense || !a.params[layer.weight].gradient) continue;
       if (layer.query_dense) {
         const std::vector<T> weight = sum(kept + layer.weight_u, layer.out * layer.ld_in);
         totals.add(layer.weight, {layer.out, layer.in, layer.ld_in, 0, false, true}, weight.data());
-        continue;
+      } else {
+        weights.emplace_back(l, totals.claim(layer.weight));
       }
-      const bool add = totals.claim(layer.weight);
-      const int64_t panels = (layer.in + kernels_.panel - 1) / kernels_.panel;
-      parallel(panels, 1, [&](int64_t begin, int64_t end) {
-        Memory<T> scratch(kernels_.outer_scratch);
-        kernels_.weight_gradient(call, l, first, last, states, kept, add, begin, end, scratch);
-      });
     }
+    if (weights.empty()) return;
+    // all of them in one region, where a thread takes its part of every layer's columns
+    constexpr int64_t kParts = 16;
+    parallel(kParts, grain(plan.operations / 4 / kParts), [&](int64_t begin, int64_t end) {
+      Memory<T> scratch(kernels_.outer_scratch);
+      for (const auto& [l, add] : weights) {
+        const int64_t panels = (owned.layers[l].in + kernels_.panel - 1) / kernels_.panel;
+        kernels_.weight_gradient(call, l, first, last, states, kept, add, panels * begin / kParts,
+                                 panels * end / kParts, scratch);
+      }
+    });
   }
 };
 
@@ -309,7 +341,7 @@ class Run {
     totals.finish(sizes());
   }
 
-  std::string describe(bool backward) const;
+  std::string describe(bool backward, bool keeps_state) const;
 
  private:
   const MlpArguments<T>& a;
@@ -336,18 +368,18 @@ class Run {
 };
 
 template <class T>
-std::string Run<T>::describe(bool backward) const {
+std::string Run<T>::describe(bool backward, bool keeps_state) const {
   static const char* const kNames[] = {"dense", "factored", "gram"};
   double operations = 0;
-  int64_t elements = 0;
+  const bool kept_state = backward && keeps_state;
+  int64_t workspace = 0;
   const Group<T>* largest = nullptr;
   for (const auto& group : groups) {
-    const MlpPlan& plan = group->plan_and_places().plan;
-    const int64_t kept = backward ? group->state_size() / std::max<int64_t>(1, plan.state_size) * plan.kept_size : 0;
-    operations += plan.operations;
-    elements += plan.shared_size + plan.block * plan.temp_size + group->state_size() + kept;
+    operations += group->plan_and_places().plan.operations;
+    workspace = std::max({workspace, group->workspace(false, kept_state), group->workspace(backward, kept_state)});
     if (!largest || group->state_size() > largest->state_size()) largest = group.get();
   }
+  const int64_t elements = workspace + (kept_state ? state_size() : 0);
   std::ostringstream out;
   out << "{\"layers\": [";
   for (size_t l = 0; largest && l < largest->plan_and_places().layers.size(); ++l) {
@@ -383,8 +415,8 @@ void mlp_adapt_gradients(const MlpArguments<T>& arguments, Parallel parallel) {
 }
 
 template <class T>
-std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward) {
-  return Run<T>(arguments, nullptr).describe(backward);
+std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward, bool keeps_state) {
+  return Run<T>(arguments, nullptr).describe(backward, keeps_state);
 }
 
 #define MTML_INSTANTIATE(T)                                                        \
@@ -392,7 +424,7 @@ std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward) {
   template void mlp_adapt_forward<T>(const MlpArguments<T>&, T*, Parallel);        \
   template void mlp_adapt_backward<T>(const MlpArguments<T>&, const T*, Parallel); \
   template void mlp_adapt_gradients<T>(const MlpArguments<T>&, Parallel);          \
-  template std::string mlp_adapt_plan<T>(const MlpArguments<T>&, bool);
+  template std::string mlp_adapt_plan<T>(const MlpArguments<T>&, bool, bool);
 MTML_INSTANTIATE(float)
 MTML_INSTANTIATE(double)
 

@@ -30,8 +30,9 @@ template <class T>
 void mlp_adapt_gradients(const MlpArguments<T>& arguments, Parallel parallel);
 
 // What the plan is and what it costs, as JSON: {"layers": [{"form": "gram"|"factored"|"dense", ...}], "operations": n,
-// "bytes": n}: floating-point operations of forward and backward, and bytes of state and workspace for one thread.
+// "bytes": n}: floating-point operations of forward and backward, and the most bytes of state and workspace at a time,
+// for one thread; `keeps_state`: the forward sweep leaves its state for the backward sweep.
 template <class T>
-std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward);
+std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward, bool keeps_state);
 
 }  // namespace mtml

@@ -186,7 +186,10 @@ class MlpSetup {
   void read_options() {
     MlpOptions& options = arguments_.options;
     const double infinity = std::numeric_limits<double>::infinity();
-    MTML_CHECK(call_.steps >= 0, "mlp_adapt: steps must be at least 0, got ", call_.steps);
+    // with a bound, so that no count of elements of a task overflows
+    constexpr int64_t kMaxSteps = int64_t{1} << 31;
+    MTML_CHECK(call_.steps >= 0 && call_.steps < kMaxSteps, "mlp_adapt: steps must be at least 0 and below ", kMaxSteps,
+               ", got ", call_.steps);
     MTML_CHECK(call_.norm_eps > 0 && call_.norm_eps < infinity, "mlp_adapt: norm_eps must be finite, above 0, got ",
                call_.norm_eps);
     MTML_CHECK(call_.momentum >= 0 && call_.momentum < 1, "mlp_adapt: momentum must be in [0, 1), got ",

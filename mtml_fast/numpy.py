@@ -169,18 +169,39 @@ def mlp_adapt(
     params = _arrays("params", params)
     if not params:
         raise ValueError("params must hold at least one layer, got none")
-    if params[0].dtype not in (np.float32, np.float64):
-        raise TypeError(f"params[0] must be float32 or float64, got {params[0].dtype}")
+    dtype = params[0].dtype
+    if dtype not in (np.float32, np.float64):
+        raise TypeError(f"params[0] must be float32 or float64, got {dtype}")
+    for i, p in enumerate(params):
+        if p.dtype != dtype:
+            raise TypeError(f"params[{i}] must be {dtype} as params[0], got {p.dtype}")
+    _number("steps", steps, integer=True)
+    for name, value in (("norm_eps", norm_eps), ("momentum", momentum), ("weight_decay", weight_decay), ("clip", clip)):
+        if value is not None or name != "clip":
+            _number(name, value)
+    for name, value in (("loss", loss), ("activation", activation)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, got {value!r}")
+    if adapted is not None and not isinstance(adapted, (list, tuple, np.ndarray)):
+        raise TypeError(f"adapted must be a list of bools, got {adapted!r}")
     per_layer = 1 + bool(bias) + 2 * bool(norm)
     ranks = [2 if i % per_layer == 0 else 1 for i in range(len(params))]
     shapes = [p.shape[max(p.ndim - rank, 0) :] for p, rank in zip(params, ranks, strict=True)]
-    rates = _rates(lr, shapes, [i // per_layer for i in range(len(params))], params[0].dtype)
+    rates = _rates(lr, shapes, [i // per_layer for i in range(len(params))], dtype)
     rows = {"support_x": support_x, "support_y": support_y, "query_x": query_x, "query_y": query_y}
     optional = {"support_offsets": support_offsets, "query_offsets": query_offsets, "class_mask": class_mask}
     named = {**rows, **optional}
     for name, x in named.items():
         if not isinstance(x, np.ndarray) and (x is not None or name in ("support_x", "support_y", "query_x")):
             raise TypeError(f"{name} must be a NumPy array, got {type(x).__name__}")
+    # the core says which losses there are
+    labels = np.int64 if loss == "cross_entropy" else dtype if loss in ("mse", "bce") else None
+    expected = dict(support_x=dtype, query_x=dtype, support_y=labels, query_y=labels, class_mask=np.bool_)
+    for name, x in named.items():
+        right = expected.get(name, np.int64)
+        if x is not None and right is not None and x.dtype != right:
+            as_params = " as params[0]" if right is dtype else ""
+            raise TypeError(f"{name} must be {np.dtype(right)}{as_params}, got {x.dtype}")
     for name, x in (("support_y", "support_x"), ("query_y", "query_x")):
         # targets of a single output need no axis for it
         y, single = named[name], shapes[-1][:1] == (1,)
@@ -221,15 +242,28 @@ def _rates(lr, shapes: list[tuple], layer_of: list[int], dtype: np.dtype) -> lis
         rates = _arrays("lr", lr)
         if len(rates) != len(shapes):
             raise ValueError(f"lr must hold one array for each of the {len(shapes)} params, got {len(rates)}")
+        for i, rate in enumerate(rates):
+            if rate.dtype != dtype:
+                raise TypeError(f"lr[{i}] must be {dtype} as params[0], got {rate.dtype}")
         return [np.broadcast_to(r, (1, *own)) if r.ndim == 0 or r.shape == own else r
                 for r, own in zip(rates, shapes, strict=True)]  # fmt: skip
     table = np.asarray(lr, dtype if isinstance(lr, (int, float)) else None)
+    if table.dtype != dtype:
+        raise TypeError(f"lr must be a number or {dtype} as params[0], got {table.dtype}")
     if table.ndim < 2:
         table = table.reshape(-1, 1)
     layers = layer_of[-1] + 1
     if table.ndim == 2 and table.shape[1] == layers and layers not in (1, len(shapes)):
         table = table[:, layer_of]
     return [table]
+
+
+def _number(name: str, value, *, integer: bool = False) -> None:
+    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
+    if integer and value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
 
 
 def _contiguous(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -51,6 +51,7 @@ void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t 
   Segment<T> segments[kSegments];
   int64_t count = 0;
   const int64_t i_begin = begin * kPanel<T>, i_end = end * kPanel<T> < L.in ? end * kPanel<T> : L.in;
+  if (i_begin >= i_end) return;
   auto flush = [&](bool always) {
     if (count == 0 && !always) return;
     outer_sum<T>(segments, count, L.out, L.in, a.params[L.weight].gradient, L.in, add, i_begin, i_end, scratch);

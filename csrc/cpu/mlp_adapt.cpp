@@ -7,13 +7,39 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "mlp_adapt_check.h"
+
+namespace mtml {
+
+// A str of the schema: std::string's own conversion, in torch up to 2.13, never frees the copy that it makes.
+struct Name {
+  std::string text;
+  operator const std::string&() const { return text; }
+};
+
+}  // namespace mtml
+
+template <>
+struct torch::stable::detail::ToImpl<mtml::Name> {
+  static mtml::Name call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    size_t length;
+    const char* text;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    mtml::Name result{std::string(text, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return result;
+  }
+};
 
 namespace mtml {
 namespace {
@@ -23,13 +49,13 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
 // The operator's arguments, which every function of this file takes.
-#define MLP_ADAPT_PARAMETERS                                                                                         \
-  const Tensors &params, const Tensors &lr, const Tensor &support_x, const Tensor &support_y, const Tensor &query_x, \
-      const std::optional<Tensor>&query_y, const std::optional<Tensor>&support_offsets,                              \
-      const std::optional<Tensor>&query_offsets, const std::optional<Tensor>&class_mask,                             \
-      const std::vector<bool>&adapted, int64_t steps, const std::string &loss, const std::string &activation,        \
-      bool bias, bool norm, double norm_eps, double momentum, double weight_decay, std::optional<double> clip,       \
-      bool first_order, bool every_step, bool return_parameters
+#define MLP_ADAPT_PARAMETERS                                                                                          \
+  const Tensors &params, const Tensors &lr, const Tensor &support_x, const Tensor &support_y, const Tensor &query_x,  \
+      const std::optional<Tensor>&query_y, const std::optional<Tensor>&support_offsets,                               \
+      const std::optional<Tensor>&query_offsets, const std::optional<Tensor>&class_mask,                              \
+      const std::vector<bool>&adapted, int64_t steps, const Name &loss, const Name &activation, bool bias, bool norm, \
+      double norm_eps, double momentum, double weight_decay, std::optional<double> clip, bool first_order,            \
+      bool every_step, bool return_parameters
 #define MLP_ADAPT_ARGUMENTS                                                                                       \
   params, lr, support_x, support_y, query_x, query_y, support_offsets, query_offsets, class_mask, adapted, steps, \
       loss, activation, bias, norm, norm_eps, momentum, weight_decay, clip, first_order, every_step, return_parameters
@@ -98,8 +124,20 @@ class Call : public MlpInputs {
   Tensors copies_;
 };
 
+// An exception must not go through torch's C interface, which would keep its type and text to itself.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
-  if (n > 0) torch::stable::parallel_for(0, n, grain, f);
+  if (n <= 0) return;
+  std::exception_ptr failure;
+  std::mutex one_at_a_time;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // By the C interface: the dispatcher would cost a microsecond more for each.
@@ -113,8 +151,9 @@ Tensor empty(const Shape& shape, int32_t dtype) {
     stride *= std::max<int64_t>(1, shape.sizes[axis]);
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  const auto error =
+      aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != AOTI_TORCH_SUCCESS) throw NoMemory(message("a tensor of shape ", shape));
   return Tensor(handle);
 }
 
@@ -236,7 +275,11 @@ Tensors gradients(const Call& call, const std::vector<bool>& needs) {
     std::vector<T> d_losses(last + tasks);
     std::fill_n(d_losses.data() + last, tasks, static_cast<T>(1.0 / static_cast<double>(tasks)));
     a.d_losses = d_losses.data();
-    mlp_adapt_gradients(a, parallel);
+    if (std::find(needs.begin(), needs.end(), true) != needs.end()) {
+      mlp_adapt_gradients(a, parallel);
+    } else {
+      mlp_adapt_forward(a, static_cast<T*>(nullptr), parallel);
+    }
     setup.finish_gradients();
   }
   double sum = 0;
@@ -246,10 +289,11 @@ Tensors gradients(const Call& call, const std::vector<bool>& needs) {
 }
 
 template <class T>
-std::string plan(const Call& call, const std::vector<bool>& needs) {
+std::string plan(const Call& call, const std::vector<bool>& needs, bool keeps_state) {
   MlpSetup<T> setup(call);
   setup.want(needs);
-  return mlp_adapt_plan(setup.arguments(), std::find(needs.begin(), needs.end(), true) != needs.end());
+  const bool backward = std::find(needs.begin(), needs.end(), true) != needs.end();
+  return mlp_adapt_plan(setup.arguments(), backward, keeps_state);
 }
 
 std::vector<bool> no_needs(const Call& call) { return std::vector<bool>(call.params.size() + call.lr.size() + 2); }
@@ -285,9 +329,10 @@ Tensors gradients_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
 }
 
 // the text of the plan, one byte a character
-Tensor plan_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+Tensor plan_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs, bool keeps_state) {
   const Call call(MLP_ADAPT_ARGUMENTS);
-  const std::string text = call.is_float() ? plan<float>(call, needs) : plan<double>(call, needs);
+  const std::string text =
+      call.is_float() ? plan<float>(call, needs, keeps_state) : plan<double>(call, needs, keeps_state);
   const int64_t size = static_cast<int64_t>(text.size());
   const Tensor result = empty(Shape{&size, 1}, aoti_torch_dtype_uint8());
   std::copy(text.begin(), text.end(), data<char>(result));

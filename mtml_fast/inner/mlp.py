@@ -165,7 +165,8 @@ class MLPPlan:
         if support.y is None or self.inner.loss is None:
             return None
         x, query_x = self._features(support), self._features(query)
-        text = eager.plan(self._arguments(support, x, query, query_x), backward=True)
+        keeps_state = self.inner.store == "all"
+        text = eager.plan(self._arguments(support, x, query, query_x), backward=True, keeps_state=keeps_state)
         return None if text is None else json.loads(text)
 
     def _arguments(self, support: TaskRows, x: Tensor, query: TaskRows, query_x: Tensor) -> tuple:
@@ -262,6 +263,7 @@ class _Unchanged:
         self._tables = [table for module in modules for table in part_tables(module)]
         self._parts = [part for table in self._tables for part in table.values()]
         self._hooks = [table for module in modules for table in hook_tables(module)]
+        self._attributes = [vars(module) for module in modules]
         parameters = [part for part in self._parts if isinstance(part, nn.Parameter)]
         self._parameters, self._wanted = parameters, [p.requires_grad for p in parameters]
         self._settings = [
@@ -277,6 +279,8 @@ class _Unchanged:
             len(parts) == len(self._parts)
             and all(map(operator.is_, parts, self._parts))
             and not any(self._hooks)
+            # a forward of the object's own, as some libraries put there
+            and not any("forward" in attributes for attributes in self._attributes)
             and [p.requires_grad for p in self._parameters] == self._wanted
             and list(map(type, self._modules)) == self._types
             and all(attributes.get(name) == value for attributes, name, value in self._settings)

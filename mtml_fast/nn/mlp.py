@@ -111,7 +111,7 @@ def mlp_form(model: nn.Module) -> MLPForm | str:
     biases = {modules[i].bias is None for i in linears}
     if len(biases) > 1:
         return "some of its layers have a bias and others none"
-    if any(has_hooks(m) or hasattr(m, "parametrizations") for m in (model, *modules)):
+    if any(has_hooks(m) or hasattr(m, "parametrizations") for m in model.modules()):
         return "it has hooks or parametrizations"
     named = [
         (f"{name}.{key}" if name else key, parameter)

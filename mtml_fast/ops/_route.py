@@ -108,8 +108,8 @@ def has_kernel(name: str, device_type: str) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return any(hook_tables(module))
+    """Whether calling the module does other things than the forward of its class."""
+    return "forward" in vars(module) or any(hook_tables(module))
 
 
 def hook_tables(module: nn.Module) -> tuple[dict, ...]:

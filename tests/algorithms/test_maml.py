@@ -269,6 +269,10 @@ def test_what_is_remembered_follows_the_model():
     loss = assert_follows(maml, batch, loss)
     handle.remove()
     loss = assert_follows(maml, batch, loss)
+    model[1].forward = lambda x: x.sin()
+    loss = assert_follows(maml, batch, loss)
+    del model[1].forward
+    loss = assert_follows(maml, batch, loss)
     model.append(nn.Tanh())
     loss = assert_follows(maml, batch, loss)
     del model[3]

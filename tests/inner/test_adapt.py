@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import mtml_fast as mf
-from mtml_fast.ops import backend
+from mtml_fast.ops import OPERATORS, backend
 from mtml_fast.ops._route import TorchDispatchMode
 from tests.algorithms.test_maml import Conv, episode
 
@@ -261,6 +261,22 @@ def test_explain(capsys):
     assert "Conv is no nn.Sequential" in other.why
     assert "it was asked for" in mf.explain(model, batch, plan="functional").why
     assert "the user's" in mf.explain(model, batch, loss=F.cross_entropy).why
+
+
+@pytest.mark.skipif(OPERATORS["mlp_adapt"].served_by("cpu") != "native", reason="needs native kernels")
+def test_explain_counts_what_the_store_keeps():
+    """Kept, the state of all tasks; else that of the task at hand, next to what is shared."""
+    model = mf.nn.mlp(6, (40, 40), 3).double()
+    few, many = (
+        {
+            store: mf.explain(model, episode((6,), tasks=tasks), steps=30, store=store).bytes
+            for store in ("all", "recompute", "gradient")
+        }
+        for tasks in (8, 80)
+    )
+    assert few["all"] > 4 * few["recompute"] == 4 * few["gradient"]
+    assert many["all"] > 8 * few["all"]
+    assert many["recompute"] < 4 * few["recompute"]
 
 
 @pytest.mark.parametrize("store", ["gradient", "all", "recompute"])

@@ -130,12 +130,29 @@ def hooked():
     return model
 
 
+def hooked_inside():
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    inner.register_forward_hook(lambda module, args, output: 2 * output)
+    return nn.Sequential(inner, nn.Linear(6, 3))
+
+
+def own_forward(place):
+    """A forward of the object's own, as some libraries put there."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    module = model if place is None else model[place]
+    module.forward = lambda x: type(module).forward(module, x) * 2
+    return model
+
+
 MODELS = {
     "twice": Twice,
     "tied": Tied,
     "shared-block": shared_block,
     "shared-activation": shared_activation,
     "hooked": hooked,
+    "hooked-inside": hooked_inside,
+    "own-forward": lambda: own_forward(None),
+    "own-forward-of-a-layer": lambda: own_forward(0),
     "subclass-of-an-activation": lambda: nn.Sequential(nn.Linear(6, 6), Square(), nn.Linear(6, 3)),
     "nested": lambda: nn.Sequential(
         nn.Sequential(nn.Linear(6, 4), nn.Tanh()), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)

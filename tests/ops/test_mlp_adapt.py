@@ -1,7 +1,11 @@
 """mlp_adapt: the battery over all its options, and its meta-gradient against a hand-written loop."""
 
+import ctypes
 import itertools
 import re
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import pytest
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 
 from mtml_fast.ops import OPERATORS, backend, mlp_adapt, mlp_adapt_mean
 from mtml_fast.ops._route import TorchDispatchMode
+from mtml_fast.ops.mlp_adapt import _arguments, eager
 from mtml_fast.testing import BadInput, Case, op_battery
 
 
@@ -456,12 +461,106 @@ def test_mean_loss_without_a_gradient():
     with torch.no_grad():
         without = mlp_adapt_mean(**call)
     assert not without.mean_loss.requires_grad
-    assert_close(list(without), [t.detach() for t in with_graph])
+    assert all(torch.equal(a, b) for a, b in zip(without, with_graph, strict=True))
     some = mlp_adapt_mean(**{**call, "params": [p.detach() for p in call["params"]]})
     grads = torch.autograd.grad(some.mean_loss, leaves[-3:-1])
     assert_close(grads, truth_of_the_mean(call, leaves[-3:-1], (0, 0, 1)))
     with pytest.raises(ValueError, match="query_y must be given"):
         mlp_adapt_mean(**{**call, "query_y": None})
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes nothing back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("kind", ["mean", "all", "recompute"])
+def test_nothing_comes_back(kind):
+    call, leaves = leaves_of(drawn("plain"))
+    loss = mlp_adapt_mean(**call).mean_loss if kind == "mean" else mlp_adapt(**call, store=kind).losses
+    grads = torch.autograd.grad(NoGradient.apply(loss).sum(), leaves, allow_unused=True, materialize_grads=True)
+    assert all((g == 0).all() for g in grads)
+
+
+def in_use():
+    """Bytes that the process has allocated and not freed, as the C library counts them."""
+
+    class Counts(ctypes.Structure):
+        names = (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+        _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = Counts
+    counts = function()
+    return counts.uordblks + counts.hblkhd
+
+
+@needs_native
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's count of memory in use")
+@pytest.mark.parametrize("kind", ["mean", "all", "forward", "error"])
+def test_calls_leave_no_memory_behind(kind):
+    call, _ = leaves_of(drawn("plain"))
+    arguments, _ = _arguments(**call)
+    bad = (*arguments[:3], arguments[3] + 9, *arguments[4:])
+
+    def calls(count):
+        for _ in range(count):
+            if kind == "mean":
+                mlp_adapt_mean(**call).mean_loss.backward()
+            elif kind == "all":
+                mlp_adapt(**call).losses.sum().backward()
+            elif kind == "forward":
+                mlp_adapt(**call)
+            else:
+                assert eager.adapt_mean_or_none(bad) is None
+
+    calls(200)
+    before = in_use()
+    calls(1000)
+    assert in_use() - before < 1000 * 20
+
+
+@needs_native
+def test_too_large_a_state_is_one_line():
+    call = {**drawn("plain"), "steps": 2**31 - 1}
+    call["params"] = [p.requires_grad_() for p in call["params"]]
+    with pytest.raises(MemoryError, match=r"^mtml_fast: there is no memory for a tensor of shape \[\d+\]$"):
+        mlp_adapt(**call)
+    for server in (mlp_adapt, mlp_adapt_mean):
+        with pytest.raises(ValueError, match="steps must be at least 0 and below 2147483648, got 4611686018427387904"):
+            server(**{**call, "steps": 2**62})
+
+
+@pytest.mark.parametrize("before", ["torch.set_default_device('meta')", "torch.inference_mode().__enter__()"])
+def test_defaults_at_import_do_not_matter(before):
+    lines = f"""
+        import torch
+        {before}
+        import mtml_fast as mf
+        torch.set_default_device("cpu")
+        with torch.inference_mode(False):
+            maml, batch = mf.MAML(mf.nn.mlp(1, (4,), 1)), mf.data.Sinusoid().sample(2)
+            maml(batch).task_losses.sum().backward()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(lines)], check=True)
 
 
 @needs_native
@@ -590,7 +689,7 @@ def test_raw_operators_refuse_what_does_not_fit():
         ),
         ({**packed, "query_offsets": offsets[1:]}, "query_x must hold the 4 tasks of support_x, got 3"),
         ({**packed, "query_offsets": offsets.int()}, "query_offsets must be int64"),
-        (dict(steps=-1), "steps must be at least 0, got -1"),
+        (dict(steps=-1), "steps must be at least 0 and below 2147483648, got -1"),
         (dict(loss="hinge"), "loss must be one of 'cross_entropy', 'mse', 'bce', got 'hinge'"),
         (dict(momentum=1.0), "momentum must be in [0, 1), got 1"),
         (dict(clip=0.0), "clip must be above 0, got 0"),

@@ -35,14 +35,16 @@ LIB.define(f"_mlp_adapt_backward(Tensor[] grad_outputs, {INPUTS}, bool[] needs, 
 # outputs, losses, adapted parameters, the mean over the tasks of the last losses, and the gradients of this mean
 LIB.define(f"_mlp_adapt_gradients({INPUTS}, bool[] needs) -> Tensor[]")
 # the plan of the kernels and its cost, as JSON text
-LIB.define(f"_mlp_adapt_plan({INPUTS}, bool[] needs) -> Tensor")
+LIB.define(f"_mlp_adapt_plan({INPUTS}, bool[] needs, bool keeps_state) -> Tensor")
 
 _SAVING, _BACKWARD, _GRADIENTS, _PLAN = (
     getattr(torch.ops.mtml_fast, f"_mlp_adapt_{name}").default for name in ("saving", "backward", "gradients", "plan")
 )
 
 NATIVE = has_kernel("mtml_fast::_mlp_adapt_gradients", "cpu")
-_NOTHING = torch.empty(0)
+# whatever the defaults are while this is imported
+with torch.inference_mode(False):
+    _NOTHING = torch.empty(0, device="cpu")
 _TENSORS = frozenset((Tensor, nn.Parameter))
 
 
@@ -69,8 +71,8 @@ def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
     inputs = _differentiable(arguments)
     needs = [t.requires_grad for t in inputs]
     if True not in needs or not torch.is_grad_enabled():
-        outputs, losses, *_ = _SAVING(*arguments, [False] * len(inputs))
-        return outputs, losses, (losses[-1] if losses.dim() > 1 else losses).mean()
+        outputs, losses, _, mean = _GRADIENTS(*arguments, [False] * len(inputs))
+        return outputs, losses, mean
     return _AdaptMean.apply(arguments, needs, *compress(inputs, needs))
 
 
@@ -85,12 +87,15 @@ def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None
         return None
 
 
-def plan(arguments: tuple, backward: bool) -> str | None:
-    """The native kernels' plan as JSON; `None` where they do not serve."""
+def plan(arguments: tuple, backward: bool, keeps_state: bool) -> str | None:
+    """The native kernels' plan as JSON; `None` where they do not serve.
+
+    keeps_state: whether the forward sweep leaves its state for the backward sweep.
+    """
     if not _is_served(arguments):
         return None
     with torch.no_grad():
-        text = _PLAN(*arguments, [backward and t.requires_grad for t in _differentiable(arguments)])
+        text = _PLAN(*arguments, [backward and t.requires_grad for t in _differentiable(arguments)], keeps_state)
     return bytes(text.tolist()).decode()
 
 
@@ -131,6 +136,8 @@ class _AdaptMean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_outputs, d_losses, d_mean):
+        if d_outputs is None and d_losses is None and d_mean is None:
+            return None, None, *[None] * sum(ctx.needs)
         kept = ctx.gradients
         if d_outputs is None and d_losses is None and kept is not None and not torch.is_grad_enabled():
             scale = d_mean.item()
