@@ -29,8 +29,8 @@ app = typer.Typer(
     epilog="Example: mtml-fast train --preset maml-omniglot-mlp-5w1s --root data --seed 1",
 )
 
-# what `--threads auto` means at most: a meta-step of the sinusoid takes 0.2 ms, which a second thread does not shorten; one
-# on Omniglot's 784-256-128-64-64-5 takes 2.6 ms (1 shot) or 14 ms (5 shots), and on two threads 1.7 and 7.8
+# what `--threads auto` means at most: a meta-step of the sinusoid takes 0.2 ms, which a second thread does not shorten;
+# one on Omniglot's 784-256-128-64-64-5 takes 2.6 ms (1 shot) or 14 ms (5 shots), and 1.7 or 7.8 on two
 _AUTO_THREADS = {"sinusoid": 1, "digits": 1, "omniglot": 8}
 
 Iterations = Annotated[int, typer.Option(help="Meta-steps in all; a run that was stopped goes on to them.")]
