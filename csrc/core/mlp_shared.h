@@ -63,20 +63,26 @@ void mlp_weight_gradient(const MlpCall<T>& c, int64_t l, int64_t first, int64_t 
     if (count == kSegments) flush(false);
     segments[count++] = {rows, d, L.ld_out, h, ld_h, T(1)};
   };
-  for (int64_t place = first; place < last; ++place) {
-    const int64_t t = c.order ? c.order[place] : place;
-    const T *own = state + (place - first) * plan.state_size, *own_kept = kept + (place - first) * plan.kept_size;
-    const int64_t n = a.support.offsets[t + 1] - a.support.offsets[t];
-    const int64_t q = a.query.offsets[t + 1] - a.query.offsets[t];
-    if (L.form == Form::kGram) {
-      push(q, own_kept + L.q_sum, a.query.x + a.query.offsets[t] * L.in, L.in);
-      push(n, own_kept + L.row_sum, a.support.x + a.support.offsets[t] * L.in, L.in);
-      continue;
+  // First what comes through the steps, which is many small terms, then the few large ones of the query rows: in one
+  // sum with them, each of the small would be rounded as they are.
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool is_query = pass == 1;
+    for (int64_t place = first; place < last; ++place) {
+      const int64_t t = c.order ? c.order[place] : place;
+      const T *own = state + (place - first) * plan.state_size, *own_kept = kept + (place - first) * plan.kept_size;
+      const int64_t n = a.support.offsets[t + 1] - a.support.offsets[t];
+      const int64_t q = a.query.offsets[t + 1] - a.query.offsets[t];
+      if (is_query && L.form == Form::kGram) {
+        push(q, own_kept + L.q_sum, a.query.x + a.query.offsets[t] * L.in, L.in);
+      } else if (is_query) {
+        push(plan.evaluations * q, own_kept + L.qd, own + L.hq, L.ld_in);
+      } else if (L.form == Form::kGram) {
+        push(n, own_kept + L.row_sum, a.support.x + a.support.offsets[t] * L.in, L.in);
+      } else if (!a.options.first_order) {
+        push(plan.steps * n, own_kept + L.rd, own + L.h, L.ld_in);
+        push(plan.steps * n, own + L.d, own_kept + L.rh, L.ld_in);
+      }
     }
-    push(plan.evaluations * q, own_kept + L.qd, own + L.hq, L.ld_in);
-    if (a.options.first_order) continue;
-    push(plan.steps * n, own_kept + L.rd, own + L.h, L.ld_in);
-    push(plan.steps * n, own + L.d, own_kept + L.rh, L.ld_in);
   }
   flush(!add);
 }
