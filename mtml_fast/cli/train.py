@@ -194,7 +194,7 @@ def _run(config: Config, iterations: int, minutes: float | None, out: Path, thre
         "settings": asdict(config),
         "iterations": trainer.step,
         "figures": figures,
-        "training_seconds": round(trainer.seconds, 2),
+        "training_seconds": round(trainer.seconds, 4),
         "evaluation_seconds": round(time.perf_counter() - start, 2),
         "threads": torch.get_num_threads(),
         "device": device,
