@@ -100,6 +100,7 @@ class Group {
         parallel(threads),
         order_(std::move(order)),
         tasks(request.tasks),
+        own_rows(request.all_support_rows + request.all_query_rows),
         owned(make_plan(request, forms)),
         plan(owned.plan) {
     const bool everyone = order_.empty() || tasks == a.options.tasks;
@@ -162,7 +163,7 @@ class Group {
   const MlpAdapt<T>& kernels_;
   Parallel parallel;
   std::vector<int64_t> order_;
-  int64_t tasks;
+  int64_t tasks, own_rows;
   OwnedPlan owned;
   MlpPlan& plan;
   MlpCall<T> call;
@@ -212,11 +213,24 @@ class Group {
       group.call.first_query = query;
       group.kernels_.prepare(group.call);
       if (!first || !group.has_first_product()) return;
-      const int64_t tasks = group.a.options.tasks;
       const MlpLayer& layer = group.owned.layers[0];
-      const int64_t rows = group.a.support.offsets[tasks] + group.a.query.offsets[tasks];
-      group.parallel(rows, grain(2.0 * double(layer.in) * double(layer.out)),
-                     [&](int64_t begin, int64_t end) { group.kernels_.first_products(group.call, begin, end); });
+      const int64_t all_tasks = group.a.options.tasks, *support_at = group.a.support.offsets;
+      const int64_t all_support_rows = support_at[all_tasks], *query_at = group.a.query.offsets;
+      const double of_row = 2.0 * double(layer.in) * double(layer.out);
+      if (!group.call.order) {
+        group.parallel(all_support_rows + query_at[all_tasks], grain(of_row),
+                       [&](int64_t begin, int64_t end) { group.kernels_.first_products(group.call, begin, end); });
+        return;
+      }
+      // the rows of the group's own tasks
+      const double rows = double(group.own_rows) / double(group.tasks);
+      group.parallel(group.tasks, grain(of_row * rows), [&](int64_t begin, int64_t end) {
+        for (int64_t place = begin; place < end; ++place) {
+          const int64_t t = group.call.order[place];
+          group.kernels_.first_products(group.call, support_at[t], support_at[t + 1]);
+          group.kernels_.first_products(group.call, all_support_rows + query_at[t], all_support_rows + query_at[t + 1]);
+        }
+      });
     }
   };
 
