@@ -10,14 +10,15 @@
 #include "isa/choose.h"
 #include "memory.h"
 #include "mlp_adapt_plan.h"
+#include "phases.h"
 
 namespace mtml {
 namespace {
 
 // State and cotangents of a chunk of tasks stay within this where the forward sweep's state is not kept.
 constexpr int64_t kChunkBytes = int64_t{256} << 20;
-// Least work worth a thread of its own, in floating-point operations: some 20 us, where a second one costs 1 to 45.
-constexpr double kOperationsPerThread = 1e6;
+// The shared weights' copies and their gradients are divided into so many parts for threads.
+constexpr int64_t kParts = 16;
 
 template <class T>
 PlanRequest request_of(const MlpArguments<T>& a, const MlpAdapt<T>& kernels) {
@@ -94,10 +95,10 @@ template <class T>
 class Group {
  public:
   Group(const MlpArguments<T>& arguments, const PlanRequest& request, const std::vector<LayerChoice>& forms,
-        std::vector<int64_t> order, Parallel threads)
+        std::vector<int64_t> order, Threads threads)
       : a(arguments),
         kernels_(kernels().mlp_adapt<T>()),
-        parallel(threads),
+        threads_(threads),
         order_(std::move(order)),
         tasks(request.tasks),
         own_rows(request.all_support_rows + request.all_query_rows),
@@ -129,39 +130,45 @@ class Group {
   const OwnedPlan& plan_and_places() const { return owned; }
 
   void forward(T* state) {
-    const Shared shared(*this, /*first=*/true);
-    over_blocks(0, tasks, 1, !state, [&](int64_t begin, int64_t end, T* own, T* temp) {
+    Phases phases(threads_, plan.operations / 4);
+    const Shared shared(*this, /*first=*/true, phases);
+    over_blocks(phases, 0, tasks, !state, [this, state](int64_t begin, int64_t end, T* own, T* temp) {
       kernels_.forward(call, begin, end, state ? state + begin * plan.state_size : own, nullptr, temp);
     });
+    phases.run();
   }
 
   // after a forward sweep that left `state`, or (null) with one of its own
   void backward(const MlpArguments<T>& with, const T* state, Totals<T>& totals) {
     call.arguments = &with;
-    const Shared shared(*this, /*first=*/!state);
+    Phases phases(threads_, plan.operations);
+    const Shared shared(*this, /*first=*/!state, phases);
     const bool keeps = !state && factored();
     const int64_t step = chunk();
 
     Memory<T> kept(step * plan.kept_size), own(keeps ? step * plan.state_size : 0);
+    Sums sums(*this);
     for (int64_t first = 0; first < tasks; first += step) {
       const int64_t last = std::min(tasks, first + step);
-      over_blocks(first, last, 3, !state && !keeps, [&](int64_t begin, int64_t end, T* of_thread, T* temp) {
-        T* kept_here = kept + (begin - first) * plan.kept_size;
-        T* at = state   ? const_cast<T*>(state) + begin * plan.state_size
-                : keeps ? own + (begin - first) * plan.state_size
-                        : of_thread;
-        if (!state) kernels_.forward(call, begin, end, at, kept_here, temp);
-        kernels_.backward(call, begin, end, at, kept_here, temp);
-      });
-      add_sums(first, last, state ? state + first * plan.state_size : own, kept, totals);
+      over_blocks(phases, first, last, !state && !keeps,
+                  [this, first, state, keeps, &kept, &own](int64_t begin, int64_t end, T* of_thread, T* temp) {
+                    T* kept_here = kept + (begin - first) * plan.kept_size;
+                    T* at = state   ? const_cast<T*>(state) + begin * plan.state_size
+                            : keeps ? own + (begin - first) * plan.state_size
+                                    : of_thread;
+                    if (!state) kernels_.forward(call, begin, end, at, kept_here, temp);
+                    kernels_.backward(call, begin, end, at, kept_here, temp);
+                  });
+      sums.then(phases, first, last, state ? state + first * plan.state_size : own, kept, totals);
     }
+    phases.run();
     call.arguments = &a;
   }
 
  private:
   const MlpArguments<T>& a;
   const MlpAdapt<T>& kernels_;
-  Parallel parallel;
+  Threads threads_;
   std::vector<int64_t> order_;
   int64_t tasks, own_rows;
   OwnedPlan owned;
@@ -181,17 +188,10 @@ class Group {
     return std::min(tasks, std::max(plan.block, fit));
   }
 
-  static int64_t grain(double operations) {
-    return std::max<int64_t>(1, static_cast<int64_t>(kOperationsPerThread / std::max(1.0, operations)));
-  }
-
-  // f(begin, end, state, temp) over blocks of the tasks [first, last), with a thread's own memory. `weight`: quarters
-  // of a plan's operations.
+  // f(begin, end, state, temp) over blocks of the tasks [first, last), with a thread's own memory
   template <class F>
-  void over_blocks(int64_t first, int64_t last, double weight, bool needs_state, const F& f) {
-    const int64_t blocks = (last - first + plan.block - 1) / plan.block;
-    const double of_block = weight / 4 * plan.operations / double(tasks) * double(plan.block);
-    parallel(blocks, grain(of_block), [&](int64_t begin, int64_t end) {
+  void over_blocks(Phases& phases, int64_t first, int64_t last, bool needs_state, const F& f) {
+    phases.then((last - first + plan.block - 1) / plan.block, 1, [=](int64_t begin, int64_t end) {
       Memory<T> temp(plan.block * plan.temp_size), state(needs_state ? plan.block * plan.state_size : 0);
       for (int64_t block = begin; block < end; ++block) {
         const int64_t t = first + block * plan.block;
@@ -204,33 +204,35 @@ class Group {
   struct Shared {
     Memory<T> shared, support, query;
 
-    Shared(Group& group, bool first)
+    Shared(Group& group, bool first, Phases& phases)
         : shared(group.plan.shared_size),
           support(first ? group.first_size(group.a.support) : 0),
           query(first ? group.first_size(group.a.query) : 0) {
       group.call.shared = shared;
       group.call.first_support = support;
       group.call.first_query = query;
-      group.kernels_.prepare(group.call);
+      phases.then(kParts, 1,
+                  [&group](int64_t begin, int64_t end) { group.kernels_.prepare(group.call, begin, end, kParts); });
       if (!first || !group.has_first_product()) return;
-      const MlpLayer& layer = group.owned.layers[0];
+      // rows that are worth the packed weight's way through the cache
+      constexpr int64_t kRows = 24;
       const int64_t all_tasks = group.a.options.tasks, *support_at = group.a.support.offsets;
       const int64_t all_support_rows = support_at[all_tasks], *query_at = group.a.query.offsets;
-      const double of_row = 2.0 * double(layer.in) * double(layer.out);
       if (!group.call.order) {
-        group.parallel(all_support_rows + query_at[all_tasks], grain(of_row),
-                       [&](int64_t begin, int64_t end) { group.kernels_.first_products(group.call, begin, end); });
+        phases.then(all_support_rows + query_at[all_tasks], kRows,
+                    [&group](int64_t begin, int64_t end) { group.kernels_.first_products(group.call, begin, end); });
         return;
       }
       // the rows of the group's own tasks
-      const double rows = double(group.own_rows) / double(group.tasks);
-      group.parallel(group.tasks, grain(of_row * rows), [&](int64_t begin, int64_t end) {
-        for (int64_t place = begin; place < end; ++place) {
-          const int64_t t = group.call.order[place];
-          group.kernels_.first_products(group.call, support_at[t], support_at[t + 1]);
-          group.kernels_.first_products(group.call, all_support_rows + query_at[t], all_support_rows + query_at[t + 1]);
-        }
-      });
+      phases.then(group.tasks, kRows / std::max<int64_t>(1, group.own_rows / group.tasks),
+                  [=, &group](int64_t begin, int64_t end) {
+                    for (int64_t place = begin; place < end; ++place) {
+                      const int64_t t = group.call.order[place];
+                      group.kernels_.first_products(group.call, support_at[t], support_at[t + 1]);
+                      group.kernels_.first_products(group.call, all_support_rows + query_at[t],
+                                                    all_support_rows + query_at[t + 1]);
+                    }
+                  });
     }
   };
 
@@ -239,59 +241,86 @@ class Group {
     return has_first_product() ? rows.offsets[a.options.tasks] * owned.layers[0].ld_out : 0;
   }
 
-  // the tasks [first, last) of the group, in their order, whatever the threads
-  void add_sums(int64_t first, int64_t last, const T* states, const T* kept, Totals<T>& totals) {
-    auto sum = [&](const T* vectors, int64_t size) {
-      std::vector<T> total(size);
-      const int64_t least = std::max<int64_t>(1024, 262144 / (last - first));
-      parallel(size, least, [&](int64_t begin, int64_t end) {
-        kernels_.sum_tasks(vectors, plan.kept_size, last - first, begin, end, total.data());
+  // The sums over tasks, in their order, whatever the threads.
+  class Sums {
+   public:
+    explicit Sums(Group& group) : g(group), vectors_(group.plan.theta_size * (1 + group.plan.rate_u_rows)) {
+      for (const MlpLayer& layer : g.owned.layers) {
+        weights_.emplace_back(is_summed(layer) ? layer.out * layer.ld_in : 0);
+      }
+    }
+
+    // of the tasks [first, last), whose arrays these are
+    void then(Phases& phases, int64_t first, int64_t last, const T* states, const T* kept, Totals<T>& totals) {
+      const MlpPlan& plan = g.plan;
+      auto sum = [&](int64_t at, std::vector<T>& total) {
+        const int64_t least = std::max<int64_t>(1024, 262144 / (last - first));
+        phases.then(int64_t(total.size()), least, [=, &plan, &total](int64_t begin, int64_t end) {
+          std::fill(total.begin() + begin, total.begin() + end, T(0));
+          g.kernels_.sum_tasks(kept + at, plan.kept_size, last - first, begin, end, total.data());
+        });
+      };
+      // the cotangents of a task's parameter vector, and those of its rates behind them
+      sum(plan.u, vectors_);
+      std::vector<std::pair<int64_t, bool>> products;  // layers whose weights' gradients are products, whether to add
+      for (int64_t l = 0; l < plan.num_layers; ++l) {
+        const MlpLayer& layer = g.owned.layers[l];
+        if (is_summed(layer))
+          sum(layer.weight_u, weights_[l]);
+        else if (is_product(layer))
+          products.emplace_back(l, totals.claim(layer.weight));
+      }
+      phases.then(1, 1, [this, &totals](int64_t, int64_t) { copy_to(totals); });
+      if (products.empty()) return;
+      // a thread takes its part of every layer's columns; each copies all rows of the other side
+      phases.then(kParts, std::max<int64_t>(1, kParts / phases.threads()), [=](int64_t begin, int64_t end) {
+        Memory<T> scratch(g.kernels_.outer_scratch);
+        for (const auto& [l, add] : products) {
+          const int64_t panels = (g.owned.layers[l].in + g.kernels_.panel - 1) / g.kernels_.panel;
+          g.kernels_.weight_gradient(g.call, l, first, last, states, kept, add, panels * begin / kParts,
+                                     panels * end / kParts, scratch);
+        }
       });
-      return total;
-    };
-    const std::vector<T> theta = sum(kept + plan.u, plan.theta_size);
-    for (int64_t p = 0; p < a.num_params; ++p) {
-      const Place& place = owned.places[p];
-      if (place.at == kAbsent || !a.params[p].gradient || a.params[p].task_stride != 0) continue;
-      totals.add(p, place, theta.data() + place.at);
     }
-    for (int64_t row = 0; row < plan.rate_u_rows; ++row) {
-      const std::vector<T> rates = sum(kept + plan.rate_u + row * plan.theta_size, plan.theta_size);
+
+   private:
+    Group& g;
+    std::vector<T> vectors_;
+    std::vector<std::vector<T>> weights_;  // [layers]
+
+    bool is_product(const MlpLayer& layer) const {
+      return layer.form != Form::kDense && g.a.params[layer.weight].gradient;
+    }
+    bool is_summed(const MlpLayer& layer) const { return is_product(layer) && layer.query_dense; }
+
+    void copy_to(Totals<T>& totals) const {
+      const MlpArguments<T>& a = g.a;
       for (int64_t p = 0; p < a.num_params; ++p) {
-        const MlpParameter<T>& param = a.params[p];
-        if (!param.rate_gradient || (row > 0 && param.rate_step == 0)) continue;
-        totals.add_rate(p, owned.places[p], rates.data() + owned.places[p].at, row);
+        const Place& place = g.owned.places[p];
+        if (place.at == kAbsent || !a.params[p].gradient || a.params[p].task_stride != 0) continue;
+        totals.add(p, place, vectors_.data() + place.at);
+      }
+      for (int64_t row = 0; row < g.plan.rate_u_rows; ++row) {
+        const T* rates = vectors_.data() + (1 + row) * g.plan.theta_size;
+        for (int64_t p = 0; p < a.num_params; ++p) {
+          const MlpParameter<T>& param = a.params[p];
+          if (!param.rate_gradient || (row > 0 && param.rate_step == 0)) continue;
+          totals.add_rate(p, g.owned.places[p], rates + g.owned.places[p].at, row);
+        }
+      }
+      for (const MlpLayer& layer : g.owned.layers) {
+        if (!is_summed(layer)) continue;
+        const T* weight = weights_[&layer - g.owned.layers.data()].data();
+        totals.add(layer.weight, {layer.out, layer.in, layer.ld_in, 0, false, true}, weight);
       }
     }
-    std::vector<std::pair<int64_t, bool>> weights;  // layers whose weights' gradients are products, and whether to add
-    for (int64_t l = 0; l < plan.num_layers; ++l) {
-      const MlpLayer& layer = owned.layers[l];
-      if (layer.form == Form::kDense || !a.params[layer.weight].gradient) continue;
-      if (layer.query_dense) {
-        const std::vector<T> weight = sum(kept + layer.weight_u, layer.out * layer.ld_in);
-        totals.add(layer.weight, {layer.out, layer.in, layer.ld_in, 0, false, true}, weight.data());
-      } else {
-        weights.emplace_back(l, totals.claim(layer.weight));
-      }
-    }
-    if (weights.empty()) return;
-    // all of them in one region, where a thread takes its part of every layer's columns
-    constexpr int64_t kParts = 16;
-    parallel(kParts, grain(plan.operations / 4 / kParts), [&](int64_t begin, int64_t end) {
-      Memory<T> scratch(kernels_.outer_scratch);
-      for (const auto& [l, add] : weights) {
-        const int64_t panels = (owned.layers[l].in + kernels_.panel - 1) / kernels_.panel;
-        kernels_.weight_gradient(call, l, first, last, states, kept, add, panels * begin / kParts,
-                                 panels * end / kParts, scratch);
-      }
-    });
-  }
+  };
 };
 
 template <class T>
 class Run {
  public:
-  Run(const MlpArguments<T>& arguments, Parallel threads) : a(arguments) {
+  Run(const MlpArguments<T>& arguments, Threads threads) : a(arguments) {
     PlanRequest request = request_of(a, kernels().mlp_adapt<T>());
     // forms by row counts, and the tasks that share them in their order
     std::vector<Known> known;
@@ -410,34 +439,34 @@ std::string Run<T>::describe(bool backward, bool keeps_state) const {
 
 template <class T>
 int64_t mlp_adapt_state_size(const MlpArguments<T>& arguments) {
-  return Run<T>(arguments, nullptr).state_size();
+  return Run<T>(arguments, Threads()).state_size();
 }
 
 template <class T>
-void mlp_adapt_forward(const MlpArguments<T>& arguments, T* state, Parallel parallel) {
-  Run<T>(arguments, parallel).forward(state);
+void mlp_adapt_forward(const MlpArguments<T>& arguments, T* state, Threads threads) {
+  Run<T>(arguments, threads).forward(state);
 }
 
 template <class T>
-void mlp_adapt_backward(const MlpArguments<T>& arguments, const T* state, Parallel parallel) {
-  Run<T>(arguments, parallel).backward(state, /*with_results=*/false);
+void mlp_adapt_backward(const MlpArguments<T>& arguments, const T* state, Threads threads) {
+  Run<T>(arguments, threads).backward(state, /*with_results=*/false);
 }
 
 template <class T>
-void mlp_adapt_gradients(const MlpArguments<T>& arguments, Parallel parallel) {
-  Run<T>(arguments, parallel).backward(nullptr, /*with_results=*/true);
+void mlp_adapt_gradients(const MlpArguments<T>& arguments, Threads threads) {
+  Run<T>(arguments, threads).backward(nullptr, /*with_results=*/true);
 }
 
 template <class T>
 std::string mlp_adapt_plan(const MlpArguments<T>& arguments, bool backward, bool keeps_state) {
-  return Run<T>(arguments, nullptr).describe(backward, keeps_state);
+  return Run<T>(arguments, Threads()).describe(backward, keeps_state);
 }
 
-#define MTML_INSTANTIATE(T)                                                        \
-  template int64_t mlp_adapt_state_size<T>(const MlpArguments<T>&);                \
-  template void mlp_adapt_forward<T>(const MlpArguments<T>&, T*, Parallel);        \
-  template void mlp_adapt_backward<T>(const MlpArguments<T>&, const T*, Parallel); \
-  template void mlp_adapt_gradients<T>(const MlpArguments<T>&, Parallel);          \
+#define MTML_INSTANTIATE(T)                                                       \
+  template int64_t mlp_adapt_state_size<T>(const MlpArguments<T>&);               \
+  template void mlp_adapt_forward<T>(const MlpArguments<T>&, T*, Threads);        \
+  template void mlp_adapt_backward<T>(const MlpArguments<T>&, const T*, Threads); \
+  template void mlp_adapt_gradients<T>(const MlpArguments<T>&, Threads);          \
   template std::string mlp_adapt_plan<T>(const MlpArguments<T>&, bool, bool);
 MTML_INSTANTIATE(float)
 MTML_INSTANTIATE(double)

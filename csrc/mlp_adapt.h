@@ -3,15 +3,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string>
 
 #include "core/mlp_adapt_args.h"
+#include "phases.h"
 
 namespace mtml {
-
-// parallel(n, grain, f) calls f(begin, end) over disjoint ranges that cover 0..n, at least `grain` long where possible
-using Parallel = void (*)(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f);
 
 // elements of T that mlp_adapt_forward leaves for mlp_adapt_backward
 template <class T>
@@ -19,15 +16,15 @@ int64_t mlp_adapt_state_size(const MlpArguments<T>& arguments);
 
 // outputs, losses, fast; `state` may be null where no backward sweep follows, or where it will recompute
 template <class T>
-void mlp_adapt_forward(const MlpArguments<T>& arguments, T* state, Parallel parallel);
+void mlp_adapt_forward(const MlpArguments<T>& arguments, T* state, Threads threads);
 
 // all gradients that are wanted; without `state` the forward sweep is done again
 template <class T>
-void mlp_adapt_backward(const MlpArguments<T>& arguments, const T* state, Parallel parallel);
+void mlp_adapt_backward(const MlpArguments<T>& arguments, const T* state, Threads threads);
 
 // both at once for known cotangents, a task's intermediate results still in the cache: writes what both write
 template <class T>
-void mlp_adapt_gradients(const MlpArguments<T>& arguments, Parallel parallel);
+void mlp_adapt_gradients(const MlpArguments<T>& arguments, Threads threads);
 
 // What the plan is and what it costs, as JSON: {"layers": [{"form": "gram"|"factored"|"dense", ...}], "operations": n,
 // "bytes": n}: floating-point operations of forward and backward, and the most bytes of state and workspace at a time,

@@ -250,9 +250,9 @@ OwnedPlan make_plan(const PlanRequest& r, const std::vector<LayerChoice>& forms)
 
   // ---- kept
   at = 0;
-  plan.u = take(plan.theta_size);
   plan.rate_u_rows = by_element && r.wants_rates ? r.rate_rows : 0;
-  plan.rate_u = take_if(plan.rate_u_rows > 0, plan.rate_u_rows * plan.theta_size);
+  plan.u = take((1 + plan.rate_u_rows) * plan.theta_size);
+  plan.rate_u = plan.u + plan.theta_size;
   for (MlpLayer& x : result.layers) {
     const bool factored = x.form == Form::kFactored, gram = x.form == Form::kGram;
     x.rh = take_if(factored && !o.first_order, K * N * x.ld_in);

@@ -71,7 +71,7 @@ struct MlpPlan {
   int64_t p;         // [k][n][ld C]
   int64_t zq;        // [s][q][ld C]
   int64_t state_size;
-  // in a task's kept: cotangents of the parameter vector, and of rates by element [1 or K][theta_size]
+  // in a task's kept: cotangents of the parameter vector, and behind it of rates by element [0, 1 or K][theta_size]
   int64_t u, rate_u;
   int64_t rate_u_rows;
   int64_t kept_size;
@@ -121,8 +121,8 @@ struct MlpAdapt {
   int64_t panel;  // columns of a packed panel
   int64_t (*packed_size)(int64_t k, int64_t n);
   int64_t outer_scratch;  // elements
-  // padded, transposed and packed copies of what all tasks share
-  void (*prepare)(const MlpCall<T>& call);
+  // parts [begin, end) of `parts` of the padded, transposed and packed copies of what all tasks share
+  void (*prepare)(const MlpCall<T>& call, int64_t begin, int64_t end, int64_t parts);
   // rows [begin, end) of support, then query, times the first layer's shared weight
   void (*first_products)(const MlpCall<T>& call, int64_t begin, int64_t end);
   // places [begin, end) of the order, at most plan.block tasks; state, kept and temp are theirs

@@ -8,21 +8,25 @@
 namespace mtml::MTML_ISA {
 
 template <class T>
-void mlp_prepare(const MlpCall<T>& c) {
+void mlp_prepare(const MlpCall<T>& c, int64_t begin, int64_t end, int64_t parts) {
   const MlpPlan& plan = *c.plan;
-  if (!plan.theta_per_task) gather_theta(c, 0, c.shared + plan.theta_0);
+  if (begin == 0 && !plan.theta_per_task) gather_theta(c, 0, c.shared + plan.theta_0);
   for (int64_t l = 0; l < plan.num_layers; ++l) {
     const MlpLayer& L = plan.layers[l];
     const T* weight = c.arguments->params[L.weight].start;
     if (L.form == Form::kDense) {
-      if (!plan.theta_per_task && !L.transposed)
+      if (begin == 0 && !plan.theta_per_task && !L.transposed)
         transpose<T>(L.out, L.in, weight, L.in, T(1), c.shared + L.packed_in, L.ld_out);
       continue;
     }
     // panels of W^T [in, out] and of W [out, in]
-    auto panels = [](int64_t n) { return (n + kPanel<T> - 1) / kPanel<T>; };
-    if (L.packed_in != kAbsent) pack<T>(L.in, L.out, weight, 1, L.in, c.shared + L.packed_in, 0, panels(L.out));
-    if (L.packed_out != kAbsent) pack<T>(L.out, L.in, weight, L.in, 1, c.shared + L.packed_out, 0, panels(L.in));
+    auto pack_part = [&](int64_t k, int64_t n, int64_t row, int64_t col, int64_t at) {
+      if (at == kAbsent) return;
+      const int64_t panels = (n + kPanel<T> - 1) / kPanel<T>;
+      pack<T>(k, n, weight, row, col, c.shared + at, panels * begin / parts, panels * end / parts);
+    };
+    pack_part(L.in, L.out, 1, L.in, L.packed_in);
+    pack_part(L.out, L.in, L.in, 1, L.packed_out);
   }
 }
 

@@ -7,9 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <exception>
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -124,20 +122,11 @@ class Call : public MlpInputs {
   Tensors copies_;
 };
 
-// An exception must not go through torch's C interface, which would keep its type and text to itself.
-void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& f) {
-  if (n <= 0) return;
-  std::exception_ptr failure;
-  std::mutex one_at_a_time;
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    try {
-      f(begin, end);
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(one_at_a_time);
-      failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
+// torch's own threads; within one of its regions the caller is alone
+Threads threads() {
+  return {torch::stable::get_num_threads(), [](int64_t copies, const std::function<void()>& work) {
+            torch::stable::parallel_for(0, copies, 1, [&](int64_t, int64_t) { work(); });
+          }};
 }
 
 // By the C interface: the dispatcher would cost a microsecond more for each.
@@ -210,7 +199,7 @@ Tensors saving(const Call& call, const std::vector<bool>& needs, bool always_ste
   const bool saves = setup.tasks() > 0 && std::find(needs.begin(), needs.end(), true) != needs.end();
   const int64_t size = saves ? mlp_adapt_state_size(setup.arguments()) : 0;
   made.push_back(empty<T>(Shape{&size, 1}));
-  if (setup.tasks() > 0) mlp_adapt_forward(setup.arguments(), saves ? data<T>(made[3]) : nullptr, parallel);
+  if (setup.tasks() > 0) mlp_adapt_forward(setup.arguments(), saves ? data<T>(made[3]) : nullptr, threads());
   return made;
 }
 
@@ -254,7 +243,7 @@ Tensors backward(Call& call, const Tensors& grad_outputs, const std::vector<bool
                state->numel());
     kept = static_cast<const T*>(state->const_data_ptr());
   }
-  mlp_adapt_backward(a, kept, parallel);
+  mlp_adapt_backward(a, kept, threads());
   setup.finish_gradients();
   return gradients;
 }
@@ -276,9 +265,9 @@ Tensors gradients(const Call& call, const std::vector<bool>& needs) {
     std::fill_n(d_losses.data() + last, tasks, static_cast<T>(1.0 / static_cast<double>(tasks)));
     a.d_losses = d_losses.data();
     if (std::find(needs.begin(), needs.end(), true) != needs.end()) {
-      mlp_adapt_gradients(a, parallel);
+      mlp_adapt_gradients(a, threads());
     } else {
-      mlp_adapt_forward(a, static_cast<T*>(nullptr), parallel);
+      mlp_adapt_forward(a, static_cast<T*>(nullptr), threads());
     }
     setup.finish_gradients();
   }

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -87,11 +86,6 @@ std::vector<Array> arrays(const std::vector<py::array>& list) {
   return result;
 }
 
-// one thread
-void serial(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& f) {
-  if (n > 0) f(0, n);
-}
-
 // Outputs, losses and fast, each with its axis of steps; with `gradient` also the mean over the tasks of the last
 // losses, and the gradients of this mean with respect to params.
 template <class T>
@@ -131,9 +125,9 @@ std::vector<py::array> mlp_adapt_of(const MlpInputs& call, bool gradient) {
   if (tasks == 0) {
     setup.zero_gradients();
   } else if (gradient) {
-    mlp_adapt_gradients(a, serial);
+    mlp_adapt_gradients(a, Threads());
   } else {
-    mlp_adapt_forward(a, static_cast<T*>(nullptr), serial);
+    mlp_adapt_forward(a, static_cast<T*>(nullptr), Threads());
   }
   if (gradient) {
     double sum = 0;

@@ -28,13 +28,15 @@ void expect(bool condition, const std::string& what) {
 
 int num_threads = 1;
 
-void parallel(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& f) {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < num_threads; ++i) {
-    const int64_t begin = n * i / num_threads, end = n * (i + 1) / num_threads;
-    if (begin < end) threads.emplace_back([=, &f] { f(begin, end); });
-  }
-  for (std::thread& thread : threads) thread.join();
+Threads threads() {
+  return {num_threads,
+          [](int64_t copies, const std::function<void()>& work) {
+            std::vector<std::thread> others;
+            for (int64_t i = 1; i < copies; ++i) others.emplace_back(work);
+            work();
+            for (std::thread& thread : others) thread.join();
+          },
+          1};
 }
 
 struct Random {
@@ -192,7 +194,7 @@ struct Problem {
 
   // what the cotangents weigh
   double value() {
-    mlp_adapt_forward<T>(a, nullptr, parallel);
+    mlp_adapt_forward<T>(a, nullptr, threads());
     double sum = 0;
     for (size_t i = 0; i < losses.size(); ++i) sum += double(d_losses[i]) * losses[i];
     for (size_t i = 0; i < fast.size(); ++i) sum += double(d_fast[i]) * fast[i];
@@ -223,19 +225,19 @@ template <class T>
 void check(Problem<T>& p, Random& r) {
   num_threads = 1;
   unsetenv("MTML_FAST_FORM");
-  mlp_adapt_gradients<T>(p.a, parallel);
+  mlp_adapt_gradients<T>(p.a, threads());
   const std::vector<T> expected = p.results();
 
   std::vector<T> state(mlp_adapt_state_size<T>(p.a));
-  mlp_adapt_forward<T>(p.a, state.data(), parallel);
-  mlp_adapt_backward<T>(p.a, state.data(), parallel);
+  mlp_adapt_forward<T>(p.a, state.data(), threads());
+  mlp_adapt_backward<T>(p.a, state.data(), threads());
   expect(same_bits(p.results(), expected), "kept state");
   num_threads = static_cast<int>(r.integer(2, 4));
-  mlp_adapt_gradients<T>(p.a, parallel);
+  mlp_adapt_gradients<T>(p.a, threads());
   expect(same_bits(p.results(), expected), "threads");
   for (const char* form : {"dense", "gram", "gram_cross", "factored"}) {
     setenv("MTML_FAST_FORM", form, 1);
-    mlp_adapt_gradients<T>(p.a, parallel);
+    mlp_adapt_gradients<T>(p.a, threads());
     // a kink of the activation may fall on either side in float32: those are compared in float64
     if (sizeof(T) == sizeof(double)) expect(close(p.results(), expected, 1e-9), form);
   }
@@ -249,7 +251,7 @@ void check_gradient(Problem<double>& p, Random& r) {
     return;
   }
   num_threads = 1;
-  mlp_adapt_gradients<double>(p.a, parallel);
+  mlp_adapt_gradients<double>(p.a, threads());
   double along = 0, size = 0;
   std::vector<std::vector<double>> start = p.params, direction = p.params;
   for (size_t i = 0; i < start.size(); ++i) {
