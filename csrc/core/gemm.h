@@ -76,7 +76,16 @@ constexpr int kRegisters = MTML_VECTOR_BYTES == 64 ? 32 : 16;
 // rows of the tallest tile that is `vectors` wide. Twelve sums hide the latency of two units, and leave registers for
 // the operands.
 constexpr int tile_rows(int vectors) {
-  return vectors == 1 ? 12 : vectors == 2 ? (kRegisters == 32 ? 12 : 6) : vectors == 4 ? 3 : 1;
+  switch (vectors) {
+    case 1:
+      return 12;
+    case 2:
+      return kRegisters == 32 ? 12 : 6;
+    case 3:
+      return kRegisters == 32 ? 9 : 4;
+    default:
+      return vectors == 4 ? 3 : 1;
+  }
 }
 
 // The compiler forgets what it knows of a value: addresses that it would compute ahead of a loop, for use behind it,
@@ -220,8 +229,10 @@ MTML_INLINE void all_columns(const Output<T>& to, int64_t M, int64_t N) {
     wide_rows(to, M, panel);
     vectors -= 2 * panel;
   }
-  for (; vectors >= 2; vectors -= 2, ++panel) columns<2>(to, M, panel);
-  if (vectors > 0) columns<1>(to, M, panel);
+  // the last three at once: one alone would wait for its left operand
+  for (; vectors == 2 || vectors > 3; vectors -= 2, ++panel) columns<2>(to, M, panel);
+  if (vectors == 3) columns<3>(to, M, panel);
+  if (vectors == 1) columns<1>(to, M, panel);
 }
 
 // C [M, N] = start + p1. Writes padded(N) columns, ldc >= padded(N). C may not overlap the operands.
