@@ -327,9 +327,8 @@ class MlpSetup {
     const bool fits = y.shape.dim == leading + !is_class &&
                       std::equal(y.shape.sizes, y.shape.sizes + leading, x.shape.sizes) &&
                       (is_class || y.back() == classes);
-    const char* letter = leading == 1 ? "R=" : "T=";
-    const std::string second = leading == 1 ? "" : message(name[0] == 's' ? ", N=" : ", Q=", x.shape.sizes[1]);
-    MTML_CHECK(fits, "mlp_adapt: ", name, "_y must be [", letter, x.shape.sizes[0], second,
+    MTML_CHECK(fits, "mlp_adapt: ", name, "_y must be [", leading == 1 ? "R=" : "T=", x.shape.sizes[0],
+               leading == 1 ? "" : message(name[0] == 's' ? ", N=" : ", Q=", x.shape.sizes[1]),
                is_class ? "" : message(", C=", classes), "], got shape ", y.shape);
     if (!is_class) {
       check_dtype(y, name, "_y");

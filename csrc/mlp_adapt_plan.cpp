@@ -86,12 +86,6 @@ class CostModel {
   double cycles(double multiply_adds) const { return vectors(multiply_adds) / 2; }
 };
 
-// A form that the environment insists on, for tests: where it is possible.
-bool forced(const char* form) {
-  const char* wanted = std::getenv("MTML_FAST_FORM");
-  return wanted && std::strcmp(wanted, form) == 0;
-}
-
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
@@ -99,6 +93,9 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 std::vector<LayerChoice> choose_forms(const PlanRequest& r, int64_t support_rows, int64_t query_rows) {
   const MlpOptions& o = r.options;
   std::vector<LayerChoice> result(o.layers, {Form::kDense, false});
+  // a form that the environment insists on, for tests: where it is possible
+  const char* wanted = std::getenv("MTML_FAST_FORM");
+  auto forced = [wanted](const char* form) { return wanted && std::strcmp(wanted, form) == 0; };
   // the adapted weight itself is what was asked for, or what the step works on
   if (!is_plain(o) || any(r.per_task) || any(r.rate_by_element) || r.wants_fast || forced("dense")) return result;
   const CostModel cost(r, double(support_rows), double(query_rows));
@@ -126,6 +123,8 @@ OwnedPlan make_plan(const PlanRequest& r, const std::vector<LayerChoice>& forms)
   OwnedPlan result;
   MlpPlan& plan = result.plan;
   const MlpOptions& o = r.options;
+  result.layers.reserve(o.layers);
+  result.places.reserve(r.moves.size());
   const int64_t L = o.layers, N = r.support_rows, Q = r.query_rows;
   plan.num_layers = L;
   plan.lanes = r.lanes;
