@@ -1,5 +1,7 @@
 // torch.ops.mtml_fast.mlp_adapt and mlp_adapt_backward on the CPU, and the same without autograd (with an underscore)
 // for those who bring their own; the sweeps are in mlp_adapt.h, the rules for the arguments in mlp_adapt_check.h.
+// The operators without autograd take a list of tensors and one tensor of numbers: each argument of an operator costs
+// 0.1 us and more, which small networks notice.
 #include "mlp_adapt.h"
 
 #include <torch/csrc/stable/library.h>
@@ -73,9 +75,59 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
+// What the operators without autograd take besides tensors: float64 numbers, read one after the other.
+class Numbers {
+ public:
+  explicit Numbers(const Tensor& x) {
+    MTML_CHECK(x.dim() == 1 && x.is_contiguous() && dtype_of(x) == Dtype::kFloat64,
+               "mlp_adapt: settings must be float64 numbers in a row");
+    at_ = static_cast<const double*>(x.const_data_ptr());
+    end_ = at_ + x.numel();
+  }
+
+  double number() {
+    MTML_CHECK(at_ != end_, "mlp_adapt: settings must hold a number for each setting, got too few");
+    return *at_++;
+  }
+  bool flag() { return number() != 0; }
+  int64_t integer() {
+    // what does not fit has no integer; numbers that are not exact (from 2^53 on) are too large for any setting
+    constexpr double kMax = int64_t{1} << 62;
+    const double x = number();
+    MTML_CHECK(x >= -kMax && x <= kMax, "mlp_adapt: settings must be within 2^62 where they count, got ", x);
+    return static_cast<int64_t>(x);
+  }
+  // behind their count
+  std::vector<bool> flags() {
+    std::vector<bool> result(count());
+    for (size_t i = 0; i < result.size(); ++i) result[i] = flag();
+    return result;
+  }
+  std::string text() {
+    std::string result(count(), ' ');
+    for (char& letter : result) letter = static_cast<char>(integer());
+    return result;
+  }
+  void end() const {
+    MTML_CHECK(at_ == end_, "mlp_adapt: settings must hold a number for each setting, got ", end_ - at_, " more");
+  }
+
+ private:
+  const double *at_, *end_;
+
+  size_t count() {
+    const int64_t n = integer();
+    MTML_CHECK(n >= 0 && n <= end_ - at_, "mlp_adapt: settings must hold ", n, " more numbers, got ", end_ - at_);
+    return static_cast<size_t>(n);
+  }
+};
+
 // The tensors of one call as contiguous arrays.
 class Call : public MlpInputs {
  public:
+  // which tensors of params, lr, support_x and query_x a derivative is asked for
+  std::vector<bool> needs;
+
   explicit Call(MLP_ADAPT_PARAMETERS)
       : MlpInputs{{},         {},
                   {},         {},
@@ -101,9 +153,50 @@ class Call : public MlpInputs {
     if (support_offsets) this->support_offsets = array(*support_offsets);
     if (query_offsets) this->query_offsets = array(*query_offsets);
     if (class_mask) this->class_mask = array(*class_mask);
-    MTML_CHECK(!params.empty(), "mlp_adapt: params must hold at least one layer, got none");
-    const Dtype dtype = this->params[0].dtype;
-    MTML_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "mlp_adapt: params must be float32 or float64");
+    check_params();
+  }
+
+  // tensors: params, lr, support_x, query_x, support_y, and what there is of query_y, support_offsets, query_offsets,
+  // class_mask. settings: how many params, which of those four there are, needs, and the other arguments.
+  Call(const Tensors& tensors, const Tensor& settings) : MlpInputs{} {
+    Numbers next(settings);
+    const int64_t num_params = next.integer();
+    std::optional<Array>* const given[] = {&query_y, &support_offsets, &query_offsets, &class_mask};
+    bool is_given[4];
+    size_t others = 1;
+    for (bool& is : is_given) others += is = next.flag();
+    needs = next.flags();
+    adapted = next.flags();
+    steps = next.integer();
+    loss = next.text();
+    activation = next.text();
+    bias = next.flag();
+    norm = next.flag();
+    norm_eps = next.number();
+    momentum = next.number();
+    weight_decay = next.number();
+    clip = next.number();
+    first_order = next.flag();
+    every_step = next.flag();
+    return_parameters = next.flag();
+    next.end();
+
+    const int64_t num_rates = static_cast<int64_t>(needs.size()) - num_params - 2;
+    MTML_CHECK(num_params >= 0 && num_rates >= 0 && tensors.size() == needs.size() + others,
+               "mlp_adapt: tensors must be as many as settings say, got ", tensors.size());
+    copies_.reserve(tensors.size());
+    auto tensor = tensors.begin();
+    params.reserve(num_params);
+    for (int64_t i = 0; i < num_params; ++i) params.push_back(array(*tensor++));
+    lr.reserve(num_rates);
+    for (int64_t i = 0; i < num_rates; ++i) lr.push_back(array(*tensor++));
+    support_x = array(*tensor++);
+    query_x = array(*tensor++);
+    support_y = array(*tensor++);
+    for (size_t i = 0; i < 4; ++i) {
+      if (is_given[i]) *given[i] = array(*tensor++);
+    }
+    check_params();
   }
 
   bool is_float() const { return params[0].dtype == Dtype::kFloat32; }
@@ -120,6 +213,12 @@ class Call : public MlpInputs {
 
  private:
   Tensors copies_;
+
+  void check_params() const {
+    MTML_CHECK(!params.empty(), "mlp_adapt: params must hold at least one layer, got none");
+    const Dtype dtype = params[0].dtype;
+    MTML_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "mlp_adapt: params must be float32 or float64");
+  }
 };
 
 // torch's own threads; within one of its regions the caller is alone
@@ -161,18 +260,19 @@ Shape shape_of(const std::vector<int64_t>& sizes) { return {sizes.data(), static
 // without the axis of steps, of size 1
 Shape one_evaluation(const Shape& shape) { return {shape.sizes + 1, shape.dim - 1}; }
 
-// Room for outputs, losses and fast, handed to the core. The operators without autograd give outputs and losses an axis
-// of steps only where there are several.
+// Room for outputs and losses, handed to the core. The operators without autograd give them an axis of steps only where
+// there are several.
 template <class T>
 Tensors results(MlpSetup<T>& setup, bool always_steps) {
   MlpArguments<T>& a = setup.arguments();
-  const std::vector<int64_t> outputs = setup.outputs_shape(), losses = setup.losses_shape(), fast = setup.fast_shape();
+  const std::vector<int64_t> outputs = setup.outputs_shape(), losses = setup.losses_shape();
   const bool steps = always_steps || a.options.every_step;
-  Tensors made = {empty<T>(steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))),
-                  empty<T>(steps ? shape_of(losses) : one_evaluation(shape_of(losses))), empty<T>(shape_of(fast))};
+  Tensors made;
+  made.reserve(4 + a.num_params);
+  made.push_back(empty<T>(steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))));
+  made.push_back(empty<T>(steps ? shape_of(losses) : one_evaluation(shape_of(losses))));
   a.outputs = data<T>(made[0]);
   a.losses = data<T>(made[1]);
-  a.fast = a.wants_fast ? data<T>(made[2]) : nullptr;
   if (!setup.labelled()) {
     // without labels the losses are zeros
     std::fill_n(a.losses, setup.evaluations() * setup.tasks(), T(0));
@@ -191,11 +291,14 @@ void give_gradients(MlpSetup<T>& setup, const std::vector<bool>& needs, Tensors&
   });
 }
 
+// outputs, losses, fast, and the state for the backward sweep, without elements where nothing is needed
 template <class T>
 Tensors saving(const Call& call, const std::vector<bool>& needs, bool always_steps) {
   MlpSetup<T> setup(call);
   setup.want(needs);
   Tensors made = results(setup, always_steps);
+  made.push_back(empty<T>(shape_of(setup.fast_shape())));
+  if (setup.arguments().wants_fast) setup.arguments().fast = data<T>(made[2]);
   const bool saves = setup.tasks() > 0 && std::find(needs.begin(), needs.end(), true) != needs.end();
   const int64_t size = saves ? mlp_adapt_state_size(setup.arguments()) : 0;
   made.push_back(empty<T>(Shape{&size, 1}));
@@ -204,7 +307,7 @@ Tensors saving(const Call& call, const std::vector<bool>& needs, bool always_ste
 }
 
 template <class T>
-Tensors backward(Call& call, const Tensors& grad_outputs, const std::vector<bool>& needs, const Tensor* state) {
+Tensors backward(const Call& call, const Tensors& grad_outputs, const std::vector<bool>& needs, const Tensor* state) {
   MlpSetup<T> setup(call);
   MlpArguments<T>& a = setup.arguments();
   Tensors gradients;
@@ -248,9 +351,10 @@ Tensors backward(Call& call, const Tensors& grad_outputs, const std::vector<bool
   return gradients;
 }
 
-// outputs, losses, fast, the mean over the tasks of the last losses, and the gradients of this mean
+// outputs, losses, the mean over the tasks of the last losses, and the gradients of this mean
 template <class T>
-Tensors gradients(const Call& call, const std::vector<bool>& needs) {
+Tensors gradients(const Call& call) {
+  const std::vector<bool>& needs = call.needs;
   MlpSetup<T> setup(call);
   MTML_CHECK(setup.labelled(), "mlp_adapt: query_y must be given where the mean loss is wanted");
   MlpArguments<T>& a = setup.arguments();
@@ -273,23 +377,23 @@ Tensors gradients(const Call& call, const std::vector<bool>& needs) {
   }
   double sum = 0;
   for (int64_t t = 0; t < tasks; ++t) sum += a.losses[last + t];
-  *data<T>(made[3]) = static_cast<T>(sum / static_cast<double>(tasks));
+  *data<T>(made[2]) = static_cast<T>(sum / static_cast<double>(tasks));
   return made;
 }
 
 template <class T>
-std::string plan(const Call& call, const std::vector<bool>& needs, bool keeps_state) {
+std::string plan(const Call& call, bool keeps_state) {
   MlpSetup<T> setup(call);
-  setup.want(needs);
-  const bool backward = std::find(needs.begin(), needs.end(), true) != needs.end();
+  setup.want(call.needs);
+  const bool backward = std::find(call.needs.begin(), call.needs.end(), true) != call.needs.end();
   return mlp_adapt_plan(setup.arguments(), backward, keeps_state);
 }
 
 std::vector<bool> no_needs(const Call& call) { return std::vector<bool>(call.params.size() + call.lr.size() + 2); }
 
-Tensors saving_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
-  const Call call(MLP_ADAPT_ARGUMENTS);
-  return call.is_float() ? saving<float>(call, needs, false) : saving<double>(call, needs, false);
+Tensors saving_cpu(const Tensors& tensors, const Tensor& settings) {
+  const Call call(tensors, settings);
+  return call.is_float() ? saving<float>(call, call.needs, false) : saving<double>(call, call.needs, false);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_adapt_cpu(MLP_ADAPT_PARAMETERS) {
@@ -299,29 +403,28 @@ std::tuple<Tensor, Tensor, Tensor> mlp_adapt_cpu(MLP_ADAPT_PARAMETERS) {
   return {made[0], made[1], made[2]};
 }
 
-Tensors backward_from_state_cpu(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs,
+Tensors backward_from_state_cpu(const Tensors& grad_outputs, const Tensors& tensors, const Tensor& settings,
                                 const Tensor& state) {
-  Call call(MLP_ADAPT_ARGUMENTS);
-  return call.is_float() ? backward<float>(call, grad_outputs, needs, &state)
-                         : backward<double>(call, grad_outputs, needs, &state);
+  const Call call(tensors, settings);
+  return call.is_float() ? backward<float>(call, grad_outputs, call.needs, &state)
+                         : backward<double>(call, grad_outputs, call.needs, &state);
 }
 
 Tensors backward_cpu(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
-  Call call(MLP_ADAPT_ARGUMENTS);
+  const Call call(MLP_ADAPT_ARGUMENTS);
   return call.is_float() ? backward<float>(call, grad_outputs, needs, nullptr)
                          : backward<double>(call, grad_outputs, needs, nullptr);
 }
 
-Tensors gradients_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
-  const Call call(MLP_ADAPT_ARGUMENTS);
-  return call.is_float() ? gradients<float>(call, needs) : gradients<double>(call, needs);
+Tensors gradients_cpu(const Tensors& tensors, const Tensor& settings) {
+  const Call call(tensors, settings);
+  return call.is_float() ? gradients<float>(call) : gradients<double>(call);
 }
 
 // the text of the plan, one byte a character
-Tensor plan_cpu(MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs, bool keeps_state) {
-  const Call call(MLP_ADAPT_ARGUMENTS);
-  const std::string text =
-      call.is_float() ? plan<float>(call, needs, keeps_state) : plan<double>(call, needs, keeps_state);
+Tensor plan_cpu(const Tensors& tensors, const Tensor& settings, bool keeps_state) {
+  const Call call(tensors, settings);
+  const std::string text = call.is_float() ? plan<float>(call, keeps_state) : plan<double>(call, keeps_state);
   const int64_t size = static_cast<int64_t>(text.size());
   const Tensor result = empty(Shape{&size, 1}, aoti_torch_dtype_uint8());
   std::copy(text.begin(), text.end(), data<char>(result));

@@ -47,7 +47,7 @@ class MLPPlan:
         """The operator's arguments behind the tensors, in the order of its schema."""
         inner, form = self.inner, self.form
         return (
-            [name in self._moved for name in self.names],
+            tuple([name in self._moved for name in self.names]),
             inner.steps,
             inner.loss,
             form.activation,

@@ -9,7 +9,7 @@ needs one finds it here under a public one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -70,6 +70,11 @@ def is_plain() -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch.compiler.is_compiling()
     )
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """`function.apply` for calls that `is_plain` has let through: what it looks for first costs 2 us."""
+    return super(torch.autograd.Function, function).apply
 
 
 def in_transform() -> bool:

@@ -549,6 +549,37 @@ def test_too_large_a_state_is_one_line():
             server(**{**call, "steps": 2**62})
 
 
+@needs_native
+def test_settings_that_do_not_fit_the_tensors_are_refused():
+    """The operators without autograd read neither tensors nor numbers that they were not given."""
+    call, _ = leaves_of(drawn("plain"))
+    arguments, _ = _arguments(**call)
+    tensors = eager._tensors(arguments)
+    needs = eager._needs(arguments, tensors)
+    settings = eager._settings(arguments, needs)
+    gradients = torch.ops.mtml_fast._mlp_adapt_gradients
+    assert len(gradients(tensors, settings)) == 3 + sum(needs)
+
+    for wrong in (tensors[:-1], [*tensors, tensors[0]], []):
+        with pytest.raises(ValueError, match="tensors must be as many as settings say"):
+            gradients(wrong, settings)
+    for wrong in (settings.float(), settings[None], settings.repeat_interleave(2)[::2]):
+        with pytest.raises(ValueError, match="settings must be float64 numbers in a row"):
+            gradients(tensors, wrong)
+    for count in range(settings.numel()):
+        with pytest.raises(ValueError, match="settings must hold"):
+            gradients(tensors, settings[:count])
+    with pytest.raises(ValueError, match="settings must hold a number for each setting, got 1 more"):
+        gradients(tensors, torch.cat([settings, settings[:1]]))
+    # the counts of params, needs and adapted
+    for place in (0, 5, 6 + len(needs)):
+        for value in (-1.0, 1e9, 2.0**62, 2.0**63, torch.nan):
+            wrong = settings.clone()
+            wrong[place] = value
+            with pytest.raises(ValueError, match=r"settings|tensors must be"):
+                gradients(tensors, wrong)
+
+
 @pytest.mark.parametrize("before", ["torch.set_default_device('meta')", "torch.inference_mode().__enter__()"])
 def test_defaults_at_import_do_not_matter(before):
     lines = f"""

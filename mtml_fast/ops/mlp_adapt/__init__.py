@@ -280,7 +280,7 @@ def _arguments(
         support_offsets,
         query_offsets,
         class_mask,
-        [bool(moves) for moves in adapted],
+        tuple([bool(moves) for moves in adapted]),
         steps,
         loss,
         activation,

@@ -8,13 +8,14 @@ the same. The backward passes here have no derivative of their own and say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from mtml_fast.ops._library import LIB
-from mtml_fast.ops._route import foreach_mul, has_kernel, is_plain
+from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
 
 INPUTS = (
     "Tensor[] params, Tensor[] lr, Tensor support_x, Tensor support_y, Tensor query_x, Tensor? query_y, "
@@ -27,15 +28,17 @@ REFUSED = (
     "mtml_fast.backend('reference') and torch.func have it"
 )
 
-# Operators without autograd, for the functions below. Their outputs and losses have an axis of steps only where there
-# are several; a cotangent without elements stands for zeros, a state without elements asks to recompute it.
+# Operators without autograd, for the functions below. Each argument of an operator costs 0.1 us and more, so they take
+# the tensors in one list (as _tensors has them) and everything else in one tensor of numbers (as _settings has it).
+# Their outputs and losses have an axis of steps only where there are several; a cotangent without elements stands for
+# zeros, a state without elements asks to recompute it.
 # outputs, losses, adapted parameters, and the state for the backward pass (empty where nothing is needed)
-LIB.define(f"_mlp_adapt_saving({INPUTS}, bool[] needs) -> Tensor[]")
-LIB.define(f"_mlp_adapt_backward(Tensor[] grad_outputs, {INPUTS}, bool[] needs, Tensor state) -> Tensor[]")
-# outputs, losses, adapted parameters, the mean over the tasks of the last losses, and the gradients of this mean
-LIB.define(f"_mlp_adapt_gradients({INPUTS}, bool[] needs) -> Tensor[]")
+LIB.define("_mlp_adapt_saving(Tensor[] tensors, Tensor settings) -> Tensor[]")
+LIB.define("_mlp_adapt_backward(Tensor[] grad_outputs, Tensor[] tensors, Tensor settings, Tensor state) -> Tensor[]")
+# outputs, losses, the mean over the tasks of the last losses, and the gradients of this mean
+LIB.define("_mlp_adapt_gradients(Tensor[] tensors, Tensor settings) -> Tensor[]")
 # the plan of the kernels and its cost, as JSON text
-LIB.define(f"_mlp_adapt_plan({INPUTS}, bool[] needs, bool keeps_state) -> Tensor")
+LIB.define("_mlp_adapt_plan(Tensor[] tensors, Tensor settings, bool keeps_state) -> Tensor")
 
 _SAVING, _BACKWARD, _GRADIENTS, _PLAN = (
     getattr(torch.ops.mtml_fast, f"_mlp_adapt_{name}").default for name in ("saving", "backward", "gradients", "plan")
@@ -55,25 +58,27 @@ def adapt(arguments: tuple, store: str) -> tuple[Tensor, Tensor, Tensor] | None:
         arguments: those of the operator.
         store: "all" keeps the forward sweep's state for the backward pass, "recompute" nothing.
     """
-    if not _is_served(arguments):
+    tensors = _tensors(arguments)
+    if tensors is None:
         return None
-    inputs = _differentiable(arguments)
-    needs = [t.requires_grad for t in inputs]
+    needs = _needs(arguments, tensors)
+    nothing = (False,) * len(needs)
     if True not in needs or not torch.is_grad_enabled():
-        return _SAVING(*arguments, [False] * len(inputs))[:3]
-    return _Adapt.apply(arguments, needs, store, *compress(inputs, needs))
+        return _SAVING(tensors, _settings(arguments, nothing))[:3]
+    settings = _settings(arguments, needs)
+    saving_settings = settings if store == "all" else _settings(arguments, nothing)
+    return _apply_adapt(tensors, needs, settings, saving_settings, *compress(tensors, needs))
 
 
 def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
     """Outputs, losses and the mean over the tasks of the last losses; `None` as above."""
-    if not _is_served(arguments):
+    tensors = _tensors(arguments)
+    if tensors is None:
         return None
-    inputs = _differentiable(arguments)
-    needs = [t.requires_grad for t in inputs]
+    needs = _needs(arguments, tensors)
     if True not in needs or not torch.is_grad_enabled():
-        outputs, losses, _, mean = _GRADIENTS(*arguments, [False] * len(inputs))
-        return outputs, losses, mean
-    return _AdaptMean.apply(arguments, needs, *compress(inputs, needs))
+        return tuple(_GRADIENTS(tensors, _settings(arguments, (False,) * len(needs))))
+    return _apply_adapt_mean(tensors, needs, _settings(arguments, needs), *compress(tensors, needs))
 
 
 def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -92,61 +97,90 @@ def plan(arguments: tuple, backward: bool, keeps_state: bool) -> str | None:
 
     keeps_state: whether the forward sweep leaves its state for the backward sweep.
     """
-    if not _is_served(arguments):
+    tensors = _tensors(arguments)
+    if tensors is None:
         return None
+    needs = tuple([backward and needed for needed in _needs(arguments, tensors)])
     with torch.no_grad():
-        text = _PLAN(*arguments, [backward and t.requires_grad for t in _differentiable(arguments)], keeps_state)
+        text = _PLAN(tensors, _settings(arguments, needs), keeps_state)
     return bytes(text.tolist()).decode()
 
 
-def _is_served(arguments: tuple) -> bool:
+def _tensors(arguments: tuple) -> list[Tensor] | None:
+    """The tensors of a call, those that may have a gradient first; `None` where the kernels do not serve it."""
     if not NATIVE or not is_plain():
-        return False
-    tensors = [*arguments[0], *arguments[1], *[t for t in arguments[2:9] if t is not None]]
-    return _TENSORS.issuperset(map(type, tensors)) and all(t.is_cpu for t in tensors)
+        return None
+    params, rates, support_x, support_y, query_x, *optional = arguments[:9]
+    tensors = [*params, *rates, support_x, query_x, support_y, *[t for t in optional if t is not None]]
+    plain = _TENSORS.issuperset(map(type, tensors)) and False not in [t.is_cpu for t in tensors]
+    return tensors if plain else None
 
 
-def _differentiable(arguments: tuple) -> list[Tensor]:
-    return [*arguments[0], *arguments[1], arguments[2], arguments[4]]
+def _needs(arguments: tuple, tensors: list[Tensor]) -> tuple[bool, ...]:
+    """Which tensors of params, lr, support_x and query_x require a gradient."""
+    return tuple([t.requires_grad for t in tensors[: len(arguments[0]) + len(arguments[1]) + 2]])
+
+
+def _settings(arguments: tuple, needs: tuple[bool, ...]) -> Tensor:
+    """All that is no tensor, with the derivatives that are asked for."""
+    _, _, _, _, _, query_y, support_offsets, query_offsets, class_mask, *options = arguments
+    given = (query_y is not None, support_offsets is not None, query_offsets is not None, class_mask is not None)
+    return _numbers(len(arguments[0]), given, needs, *options)
+
+
+@lru_cache(maxsize=1024)
+def _numbers(num_params, given, needs, adapted, steps, loss, activation, bias, norm, *options) -> Tensor:
+    """The same as numbers: sequences and letters behind their count."""
+    texts = [number for text in (loss, activation) for number in (len(text), *text.encode())]
+    norm_eps, momentum, weight_decay, clip, *flags = options
+    clip = torch.inf if clip is None else clip
+    numbers = (bias, norm, norm_eps, momentum, weight_decay, clip, *flags)
+    with torch.inference_mode(False):
+        return torch.tensor(
+            [num_params, *given, len(needs), *needs, len(adapted), *adapted, steps, *texts, *numbers],
+            dtype=torch.float64,
+            device="cpu",
+        )
 
 
 class _Adapt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, arguments, needs, store, *inputs):
+    def forward(ctx, tensors, needs, settings, saving_settings, *inputs):
         ctx.set_materialize_grads(False)
-        *results, state = _SAVING(*arguments, needs if store == "all" else [False] * len(needs))
-        _save(ctx, arguments, needs, state)
+        *results, state = _SAVING(tensors, saving_settings)
+        ctx.save_for_backward(*tensors, state)
+        ctx.needs, ctx.settings = needs, settings
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        return None, None, None, *_backward(ctx, cotangents)
+        return None, None, None, None, *_backward(ctx, cotangents)
 
 
 class _AdaptMean(torch.autograd.Function):
     """The gradient of the mean loss is computed with the loss, while a task's results are in the cache."""
 
     @staticmethod
-    def forward(ctx, arguments, needs, *inputs):
+    def forward(ctx, tensors, needs, settings, *inputs):
         ctx.set_materialize_grads(False)
-        outputs, losses, _, mean, *ctx.gradients = _GRADIENTS(*arguments, needs)
-        ctx.losses_shape = losses.shape
-        _save(ctx, arguments, needs, _NOTHING)
+        outputs, losses, mean, *ctx.gradients = _GRADIENTS(tensors, settings)
+        ctx.save_for_backward(*tensors, _NOTHING)
+        ctx.needs, ctx.settings, ctx.losses_shape = needs, settings, losses.shape
         return outputs, losses, mean
 
     @staticmethod
     def backward(ctx, d_outputs, d_losses, d_mean):
         if d_outputs is None and d_losses is None and d_mean is None:
-            return None, None, *[None] * sum(ctx.needs)
+            return None, None, None, *[None] * sum(ctx.needs)
         kept = ctx.gradients
         if d_outputs is None and d_losses is None and kept is not None and not torch.is_grad_enabled():
             scale = d_mean.item()
             if scale != 1:
-                return None, None, *foreach_mul(kept, scale)
+                return None, None, None, *foreach_mul(kept, scale)
             # handed over for good, so that a parameter's .grad may take them as they are: who comes a second time
             # through a retained graph gets them computed anew
             ctx.gradients = None
-            return None, None, *kept
+            return None, None, None, *kept
         if d_mean is not None:
             # the mean's share of the last evaluation's losses
             share = d_mean.new_zeros(ctx.losses_shape)
@@ -155,7 +189,7 @@ class _AdaptMean(torch.autograd.Function):
             d_losses_total = share if d_losses is None else d_losses.detach() + share
         else:
             d_losses_total = d_losses
-        return None, None, *_backward(ctx, (d_outputs, d_losses_total, None), (d_outputs, d_losses, d_mean))
+        return None, None, None, *_backward(ctx, (d_outputs, d_losses_total, None), (d_outputs, d_losses, d_mean))
 
 
 class _Final(torch.autograd.Function):
@@ -170,25 +204,18 @@ class _Final(torch.autograd.Function):
         raise RuntimeError(f"mlp_adapt: {REFUSED}")
 
 
-def _save(ctx, arguments: tuple, needs: list[bool], state: Tensor) -> None:
-    ctx.save_for_backward(*arguments[0], *arguments[1], *arguments[2:9], state)
-    ctx.counts = len(arguments[0]), len(arguments[1])
-    ctx.options = arguments[9:]
-    ctx.needs = needs
+_apply_adapt, _apply_adapt_mean = apply_of(_Adapt), apply_of(_AdaptMean)
 
 
 def _backward(ctx, cotangents: Sequence[Tensor | None], came_from: Sequence[Tensor | None] = ()) -> Sequence[Tensor]:
     """The gradients that are needed, by the backward sweep; `came_from`: what the cotangents were made of."""
     *tensors, state = ctx.saved_tensors
-    params, rates = ctx.counts
-    params, rates, rest = tensors[:params], tensors[params : params + rates], tensors[params + rates :]
-    arguments = (params, rates, *rest, *ctx.options)
 
     def compute() -> list[Tensor]:
         given = [_NOTHING if c is None else c for c in cotangents]
-        return _BACKWARD(given, *arguments, ctx.needs, state)
+        return _BACKWARD(given, tensors, ctx.settings, state)
 
     if torch.is_grad_enabled():
         depends_on = [t for t in (came_from or cotangents) if t is not None]
-        return _Final.apply(compute, *_differentiable(arguments), *depends_on)
+        return _Final.apply(compute, *tensors[: len(ctx.needs)], *depends_on)
     return compute()
