@@ -175,9 +175,11 @@ class _Known(NamedTuple):
 
 def _same_rates(a, b) -> bool:
     """Whether these are the same numbers or the very same tensors."""
+    if a is b:
+        return True
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same_rates(a[name], b[name]) for name in a)
-    return a is b or (not isinstance(a, (Tensor, Mapping)) and not isinstance(b, (Tensor, Mapping)) and a == b)
+    return not isinstance(a, (Tensor, Mapping)) and not isinstance(b, (Tensor, Mapping)) and a == b
 
 
 def _attribute(name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import operator
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -189,10 +190,11 @@ class MLPPlan:
         return y.unsqueeze(-1) if y.dim() < x.dim() and self.inner.loss != "cross_entropy" else y
 
     def _rate_tensors(self) -> list[Tensor]:
-        lr, like = self.inner.lr, self.form.params[0]
+        lr, like, number = self.inner.lr, self.form.params[0], self._number
+        if number is not None and number.dtype == like.dtype and number.device == like.device:
+            return [number]
         if not isinstance(lr, (Tensor, Mapping)):
-            if self._number is None or self._number.dtype != like.dtype or self._number.device != like.device:
-                self._number = like.new_full((1, 1), lr)
+            self._number = like.new_full((1, 1), lr)
             return [self._number]
         shapes = [p.shape for p in self.form.params]
         per_layer = 1 + self.form.bias + 2 * self.form.norm
@@ -260,28 +262,33 @@ class _Unchanged:
         modules = list(model.modules())
         self._modules, self._types = modules, list(map(type, modules))
         # the dicts themselves are held, so that no new object can have the place of an old one
-        self._tables = [table for module in modules for table in part_tables(module)]
+        tables = [table for module in modules for table in part_tables(module)]
+        self._tables = [table for table in tables if table]
         self._parts = [part for table in self._tables for part in table.values()]
-        self._hooks = [table for module in modules for table in hook_tables(module)]
+        hooks = [table for module in modules for table in hook_tables(module)]
+        self._empty = [*hooks, *(table for table in tables if not table)]
         self._attributes = [vars(module) for module in modules]
         parameters = [part for part in self._parts if isinstance(part, nn.Parameter)]
         self._parameters, self._wanted = parameters, [p.requires_grad for p in parameters]
-        self._settings = [
+        settings = [
             (vars(module), name, value)
             for module in modules
             for name, value in vars(module).items()
             if name != "training" and isinstance(value, (bool, int, float, str))
         ]
+        self._settings = [[*column] for column in zip(*settings, strict=True)] or [[], [], []]
 
     def __call__(self) -> bool:
+        # in loops of C wherever there are some: this runs in every meta-step
         parts = [part for table in self._tables for part in table.values()]
+        holders, names, values = self._settings
         return (
             len(parts) == len(self._parts)
             and all(map(operator.is_, parts, self._parts))
-            and not any(self._hooks)
+            and not any(self._empty)
             # a forward of the object's own, as some libraries put there
-            and not any("forward" in attributes for attributes in self._attributes)
+            and not any(map(operator.contains, self._attributes, repeat("forward")))
             and [p.requires_grad for p in self._parameters] == self._wanted
             and list(map(type, self._modules)) == self._types
-            and all(attributes.get(name) == value for attributes, name, value in self._settings)
+            and list(map(dict.get, holders, names)) == values
         )
