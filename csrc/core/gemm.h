@@ -4,10 +4,10 @@
 //     product_blocks   the row blocks of several tasks times one right operand
 //     dots             C = A B^T, along contiguous rows
 //
-// Every element of product's C is one chain of fused multiply-adds over k, in order, from zero or from the row; a
-// matrix to start from is added last, as many small terms added to one large element would each be rounded to it. So
-// its bits depend neither on the other rows and columns nor on the tile that it falls into. An element of dots depends
-// on K alone.
+// An element of product's C is a sum over k in order, by chains of fused multiply-adds that go into a total; what it
+// starts from is added last, as many small terms added to one large element would each be rounded to it. So its bits
+// depend neither on the other rows and columns nor on the tile that it falls into; on the number of columns only in
+// that a narrow C has shorter chains. An element of dots depends on K alone.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +43,8 @@ struct Product {
   int64_t k;
 };
 
-// what an element of C is before the first term: 0, the element of one row that serves all rows, itself (kAdd), or
-// the element of a matrix of C's shape and ldc, to which `row` points then
+// what the sum for an element of C is added to: 0, the element of one row that serves all rows, itself (kAdd), or the
+// element of a matrix of C's shape and ldc, to which `row` points then
 enum Start { kZero, kRow, kAdd, kMatrix };
 
 // rows of one task: their left operand, C, and the row to start from
@@ -65,7 +65,17 @@ struct Output {
   const T* row;
   const Product<T>* products;
   int num_products;
+  int64_t chain;  // terms of a chain
 };
+
+// Terms of a chain: a sum's error grows with the root of the length of its chains. Where a library has many columns to
+// compute, its chains are no shorter than 64; few columns are dot products to it, with many partial sums, and cost
+// little enough to be as exact.
+constexpr int64_t kChain = 64, kNarrowChain = 8;
+template <class T>
+MTML_INLINE int64_t chain_of(int64_t N) {
+  return N <= kLanes<T> ? kNarrowChain : kChain;
+}
 
 #if defined(__aarch64__)
 constexpr int kRegisters = 32;
@@ -100,19 +110,14 @@ template <class T, int R, int V>
 void tile(const Output<T>& to, int64_t m, int64_t panel) {
   using Lanes = Vector<T>;
   constexpr int64_t L = kLanes<T>;
-  const int64_t ldc = to.ldc;
+  const int64_t ldc = to.ldc, chain = to.chain;
   T* c = to.c + m * ldc + panel * kPanel<T>;
 
   Lanes sums[R * V];
-  if (to.start == kRow) {
-    const T* row = to.row + panel * kPanel<T>;
-    unroll<V>([&](auto v) {
-      const Lanes value = load<Lanes>(row + v * L);
-      unroll<R>([&](auto r) { sums[r * V + v] = value; });
-    });
-  } else {
-    unroll<R * V>([&](auto i) { sums[i] = Lanes{}; });
-  }
+  unroll<R * V>([&](auto i) { sums[i] = Lanes{}; });
+  // of the chains before, if any
+  Lanes totals[R * V];
+  bool has_totals = false;
 
   const Product<T>* product = to.products;
   const Product<T>* const last = product + (to.num_products - 1);
@@ -123,20 +128,38 @@ void tile(const Output<T>& to, int64_t m, int64_t panel) {
     constexpr int kPointers = (R + 3) / 4;
     const T* a[kPointers];
     unroll<kPointers>([&](auto g) { a[g] = product->a.data + (m + 4 * g) * row; });
-    for (int64_t k = product->k; k > 0; --k) {
-      Lanes right[V];
-      unroll<V>([&](auto v) { right[v] = load<Lanes>(b + v / 2 * next_panel + v % 2 * L); });
-      unroll<R>([&](auto r) {
-        const T left = a[r / 4][r % 4 * row];
-        unroll<V>([&](auto v) { sums[r * V + v] += left * right[v]; });
+    for (int64_t terms = product->k;;) {
+      int64_t k = terms < chain ? terms : chain;
+      terms -= k;
+      for (; k > 0; --k) {
+        Lanes right[V];
+        unroll<V>([&](auto v) { right[v] = load<Lanes>(b + v / 2 * next_panel + v % 2 * L); });
+        unroll<R>([&](auto r) {
+          const T left = a[r / 4][r % 4 * row];
+          unroll<V>([&](auto v) { sums[r * V + v] += left * right[v]; });
+        });
+        unroll<kPointers>([&](auto g) {
+          a[g] += col;
+          forget(a[g]);
+        });
+        b += ld;
+      }
+      if (terms == 0) break;
+      unroll<R * V>([&](auto i) {
+        totals[i] = has_totals ? totals[i] + sums[i] : sums[i];
+        sums[i] = Lanes{};
       });
-      unroll<kPointers>([&](auto g) {
-        a[g] += col;
-        forget(a[g]);
-      });
-      b += ld;
+      has_totals = true;
     }
   } while (product++ != last);
+  if (has_totals) unroll<R * V>([&](auto i) { sums[i] += totals[i]; });
+  if (to.start == kRow) {
+    const T* row = to.row + panel * kPanel<T>;
+    unroll<V>([&](auto v) {
+      const Lanes value = load<Lanes>(row + v * L);
+      unroll<R>([&](auto r) { sums[r * V + v] += value; });
+    });
+  }
 
   forget(c);
   if (to.start == kAdd || to.start == kMatrix) {
@@ -238,7 +261,7 @@ MTML_INLINE void all_columns(const Output<T>& to, int64_t M, int64_t N) {
 // C [M, N] = start + p1. Writes padded(N) columns, ldc >= padded(N). C may not overlap the operands.
 template <class T>
 void product(int64_t M, int64_t N, T* c, int64_t ldc, Start start, const T* row, const Product<T>& p1) {
-  all_columns<T>({c, ldc, start, row, &p1, 1}, M, N);
+  all_columns<T>({c, ldc, start, row, &p1, 1, chain_of<T>(N)}, M, N);
 }
 
 // C [M, N] = start + p1 + p2
@@ -246,7 +269,7 @@ template <class T>
 void product(int64_t M, int64_t N, T* c, int64_t ldc, Start start, const T* row, const Product<T>& p1,
              const Product<T>& p2) {
   const Product<T> both[] = {p1, p2};
-  all_columns<T>({c, ldc, start, row, both, 2}, M, N);
+  all_columns<T>({c, ldc, start, row, both, 2, chain_of<T>(N)}, M, N);
 }
 
 // c [rows, N] = start + a b for every block. Panels outside, blocks inside: a panel of b is read from the second cache
@@ -259,7 +282,7 @@ void product_blocks(const RowBlock<T>* blocks, int64_t count, int64_t N, int64_t
     for (int64_t i = 0; i < count; ++i) {
       const RowBlock<T>& block = blocks[i];
       const Product<T> one = {block.a, b, K};
-      const Output<T> to = {block.c, ldc, start, block.row, &one, 1};
+      const Output<T> to = {block.c, ldc, start, block.row, &one, 1, chain_of<T>(N)};
       if (block.rows <= 0) continue;
       if (vectors - v >= 2) {
         columns<2>(to, block.rows, panel);
