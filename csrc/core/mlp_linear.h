@@ -288,14 +288,15 @@ const T* transposed_direction(const MlpCall<T>& c, const Task<T>& task, const Ml
   return to;
 }
 
-// out = R z = Rh W_k^T + H V^T + v_b, with `in` = Rh; null in the first layer, whose input is fixed
+// out = R z = Rh W_k^T + H V^T + v_b, with `in` = Rh; null in the first layer, whose input is fixed. Without v_b where
+// a norm takes it away again: what would stay are the rounding errors, and v_b may be far larger than the rest.
 template <class T>
 void linear_tangent(const MlpCall<T>& c, Task<T>* tasks, int64_t count, int64_t l, int64_t k) {
   const MlpPlan& plan = *c.plan;
   const MlpLayer& L = plan.layers[l];
   const T* starts[16] = {};
   for (int64_t i = 0; i < count; ++i) {
-    starts[i] = L.bias == kAbsent ? nullptr : tasks[i].temp + plan.t_r + L.bias_at;
+    starts[i] = bias_counts(c, L) ? tasks[i].temp + plan.t_r + L.bias_at : nullptr;
   }
   if (L.form == Form::kFactored) {
     shared_product(tasks, count, c.shared + L.packed_in, L.in, L.out, L.ld_in, L.ld_out, starts);
