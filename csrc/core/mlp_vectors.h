@@ -41,19 +41,19 @@ void copy_rows(int64_t rows, int64_t cols, const T* from, int64_t ld_from, T* to
   }
 }
 
-// to [ld] (+)= the sum of the rows [n][ld]; short sums go into a total, as in simd.h
+// to [ld] += the sum of the rows [n][ld]; short sums go into a total, as in simd.h, and that is added once
 template <class T>
 void add_column_sums(int64_t n, int64_t ld, const T* rows, T* to) {
   for_each<T>(ld, [&](int64_t j, auto lane) {
     using V = decltype(lane);
-    V total = load<V>(to + j);
+    V total{};
     for (int64_t first = 0; first < n; first += kShortSum) {
       const int64_t end = first + kShortSum < n ? first + kShortSum : n;
       V part{};
       for (int64_t row = first; row < end; ++row) part += load<V>(rows + row * ld + j);
       total += part;
     }
-    store(to + j, total);
+    store(to + j, load<V>(to + j) + total);
   });
 }
 
