@@ -36,7 +36,7 @@ class Phases {
   // Next: f over disjoint ranges that cover 0..n, at least `grain` long where possible, when all before is done. Which
   // ranges, and which thread has them, is left to chance.
   void then(int64_t n, int64_t grain, Work f) {
-    if (n > 0) phases_.emplace_back(n, grain, std::move(f));
+    if (n > 0) phases_.emplace_back(n, std::max<int64_t>(1, grain), std::move(f));
   }
 
   void run() {

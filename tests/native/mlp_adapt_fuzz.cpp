@@ -1,13 +1,15 @@
 // mlp_adapt under a sanitizer: random sizes and options, in every form of the weights and on threads, held against
 // itself: a task alone against the batch, kept state against recomputed, one thread against many (all bit by bit), the
-// forms against each other, and the gradient against differences of the loss. `make sanitize` builds and runs it;
-// arguments: number of configurations, seed.
+// forms against each other, and the gradient against differences of the loss; and the phases of a parallel region.
+// `make sanitize` builds and runs it; arguments: number of configurations, seed.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -273,6 +275,39 @@ void check_gradient(Problem<double>& p, Random& r) {
          "gradient " + std::to_string(difference) + " " + std::to_string(along));
 }
 
+// Every element of every phase once, after all of the phase before; a failure comes out, and nothing hangs.
+void check_phases(Random& r) {
+  num_threads = static_cast<int>(r.integer(1, 4));
+  const bool fails = r.chance(0.2);
+  const int64_t phases = r.integer(0, 6);
+  std::vector<std::vector<int64_t>> seen;
+  for (int64_t i = 0; i < phases; ++i) seen.emplace_back(r.integer(0, 40));
+  const int64_t failing = fails && phases > 0 ? r.integer(0, phases - 1) : -1;
+  Phases work(threads(), 1e9);
+  for (int64_t i = 0; i < phases; ++i) {
+    work.then(static_cast<int64_t>(seen[i].size()), r.integer(-1, 12), [&, i](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        // it reads what other threads wrote in the phase before
+        const bool complete =
+            i == 0 || std::all_of(seen[i - 1].begin(), seen[i - 1].end(), [](int64_t n) { return n == 1; });
+        seen[i][j] += complete ? 1 : 100;
+      }
+      if (i == failing) throw std::runtime_error("on purpose");
+    });
+  }
+  bool failed = false;
+  try {
+    work.run();
+  } catch (const std::runtime_error&) {
+    failed = true;
+  }
+  expect(failed == (failing >= 0 && !seen[failing].empty()), "phases: failure");
+  if (failed) return;
+  for (const auto& phase : seen) {
+    expect(std::all_of(phase.begin(), phase.end(), [](int64_t n) { return n == 1; }), "phases: once, in order");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -281,6 +316,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < count; ++i) {
     now = "configuration " + std::to_string(i) + " of seed " + std::to_string(seed);
     Random r{std::mt19937_64(seed + static_cast<uint64_t>(i))};
+    check_phases(r);
     if (i % 2) {
       Problem<float> p(r);
       check(p, r);
