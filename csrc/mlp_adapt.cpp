@@ -15,8 +15,11 @@
 namespace mtml {
 namespace {
 
-// State and cotangents of a chunk of tasks stay within this where the forward sweep's state is not kept.
-constexpr int64_t kChunkBytes = int64_t{256} << 20;
+// State and cotangents of the tasks of a chunk: small enough to be in the last cache still when the sums over tasks
+// read them.
+constexpr int64_t kChunkBytes = int64_t{2} << 20;
+// Tasks that are added up before they go into a total: as many rounding errors as in a short sum, or fewer.
+constexpr int64_t kAddends = 16, kFewAddends = 4;
 // The shared weights' copies and their gradients are divided into so many parts for threads.
 constexpr int64_t kParts = 16;
 
@@ -121,7 +124,7 @@ class Group {
   // elements that a sweep takes besides the state between the sweeps, on one thread
   int64_t workspace(bool backward, bool kept_state) const {
     const int64_t of_tasks =
-        backward ? chunk() * (plan.kept_size + (!kept_state && factored() ? plan.state_size : 0)) : 0;
+        backward ? chunk(1) * (plan.kept_size + (!kept_state && factored() ? plan.state_size : 0)) : 0;
     const bool own_state = !kept_state && !(backward && factored());
     const int64_t first = backward && kept_state ? 0 : first_size(a.support) + first_size(a.query);
     return plan.shared_size + first + of_tasks + plan.block * (plan.temp_size + (own_state ? plan.state_size : 0));
@@ -144,7 +147,7 @@ class Group {
     Phases phases(threads_, plan.operations);
     const Shared shared(*this, /*first=*/!state, phases);
     const bool keeps = !state && factored();
-    const int64_t step = chunk();
+    const int64_t step = chunk(phases.threads());
 
     Memory<T> kept(step * plan.kept_size), own(keeps ? step * plan.state_size : 0);
     Sums sums(*this);
@@ -161,6 +164,7 @@ class Group {
                   });
       sums.then(phases, first, last, state ? state + first * plan.state_size : own, kept, totals);
     }
+    sums.finish(phases, totals);
     phases.run();
     call.arguments = &a;
   }
@@ -180,12 +184,16 @@ class Group {
                        [](const MlpLayer& layer) { return layer.form == Form::kFactored; });
   }
 
-  // tasks whose arrays are held together for the sums over tasks, which need the factors of all of them; as many, kept
-  // state or not
-  int64_t chunk() const {
-    const int64_t per_task = plan.kept_size + (factored() ? plan.state_size : 0);
-    const int64_t fit = kChunkBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, per_task) / plan.block * plan.block;
-    return std::min(tasks, std::max(plan.block, fit));
+  // tasks that are added up before they go into a total: whole blocks, whatever the threads. Few where factors of all
+  // of them are kept for that.
+  int64_t addends() const { return ((factored() ? kFewAddends : kAddends) + plan.block - 1) / plan.block * plan.block; }
+
+  // tasks whose arrays are held together for the sums over tasks: enough for all threads
+  int64_t chunk(int64_t threads) const {
+    const int64_t per_task = (plan.kept_size + (factored() ? plan.state_size : 0)) * int64_t(sizeof(T));
+    const int64_t for_threads = threads == 1 ? 1 : 2 * threads * plan.block;
+    const int64_t fit = std::max(kChunkBytes / std::max<int64_t>(1, per_task), for_threads);
+    return std::min(tasks, std::max<int64_t>(1, fit / addends()) * addends());
   }
 
   // f(begin, end, state, temp) over blocks of the tasks [first, last), with a thread's own memory
@@ -241,7 +249,7 @@ class Group {
     return has_first_product() ? rows.offsets[a.options.tasks] * owned.layers[0].ld_out : 0;
   }
 
-  // The sums over tasks, in their order, whatever the threads.
+  // The sums over tasks: so many tasks at a time that they do not depend on how many are held together.
   class Sums {
    public:
     explicit Sums(Group& group) : g(group), vectors_(group.plan.theta_size * (1 + group.plan.rate_u_rows)) {
@@ -250,14 +258,17 @@ class Group {
       }
     }
 
-    // of the tasks [first, last), whose arrays these are
+    // adds the tasks [first, last), whose arrays these are
     void then(Phases& phases, int64_t first, int64_t last, const T* states, const T* kept, Totals<T>& totals) {
       const MlpPlan& plan = g.plan;
+      const int64_t addends = g.addends();
       auto sum = [&](int64_t at, std::vector<T>& total) {
         const int64_t least = std::max<int64_t>(1024, 262144 / (last - first));
         phases.then(int64_t(total.size()), least, [=, &plan, &total](int64_t begin, int64_t end) {
-          std::fill(total.begin() + begin, total.begin() + end, T(0));
-          g.kernels_.sum_tasks(kept + at, plan.kept_size, last - first, begin, end, total.data());
+          for (int64_t t = first; t < last; t += addends) {
+            const T* vectors = kept + (t - first) * plan.kept_size + at;
+            g.kernels_.sum_tasks(vectors, plan.kept_size, std::min(addends, last - t), begin, end, total.data());
+          }
         });
       };
       // the cotangents of a task's parameter vector, and those of its rates behind them
@@ -265,22 +276,29 @@ class Group {
       std::vector<std::pair<int64_t, bool>> products;  // layers whose weights' gradients are products, whether to add
       for (int64_t l = 0; l < plan.num_layers; ++l) {
         const MlpLayer& layer = g.owned.layers[l];
-        if (is_summed(layer))
+        if (is_summed(layer)) {
           sum(layer.weight_u, weights_[l]);
-        else if (is_product(layer))
+        } else if (is_product(layer)) {
           products.emplace_back(l, totals.claim(layer.weight));
+        }
       }
-      phases.then(1, 1, [this, &totals](int64_t, int64_t) { copy_to(totals); });
       if (products.empty()) return;
       // a thread takes its part of every layer's columns; each copies all rows of the other side
-      phases.then(kParts, std::max<int64_t>(1, kParts / phases.threads()), [=](int64_t begin, int64_t end) {
+      phases.then(kParts, kParts / phases.threads(), [=](int64_t begin, int64_t end) {
         Memory<T> scratch(g.kernels_.outer_scratch);
         for (const auto& [l, add] : products) {
           const int64_t panels = (g.owned.layers[l].in + g.kernels_.panel - 1) / g.kernels_.panel;
-          g.kernels_.weight_gradient(g.call, l, first, last, states, kept, add, panels * begin / kParts,
-                                     panels * end / kParts, scratch);
+          for (int64_t t = first; t < last; t += addends) {
+            g.kernels_.weight_gradient(g.call, l, t, std::min(last, t + addends),
+                                       states + (t - first) * g.plan.state_size, kept + (t - first) * g.plan.kept_size,
+                                       add || t > first, panels * begin / kParts, panels * end / kParts, scratch);
+          }
         }
       });
+    }
+
+    void finish(Phases& phases, Totals<T>& totals) {
+      phases.then(1, 1, [this, &totals](int64_t, int64_t) { copy_to(totals); });
     }
 
    private:

@@ -275,7 +275,9 @@ class Trainer:
         self._losses.append(loss)
         if "accuracy" in result.metrics:
             self._accuracies.append(result.metrics["accuracy"].detach())
-        self.optimizer.zero_grad()
+        # the optimizer's zero_grad takes 0.2 ms for the same
+        for parameter in self._parameters:
+            parameter.grad = None
         result.loss.backward()
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
