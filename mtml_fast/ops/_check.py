@@ -56,6 +56,20 @@ def same_tree(name: str, values: Sequence[Tensor], params: Sequence[Tensor]) -> 
             raise ValueError(f"{name}[{i}] must have the shape of params[{i}] {expected}, got {list(value.shape)}")
 
 
+def task_leaves(name: str, values: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves `[T, ...]` of one T, one dtype and one device, at least one of them."""
+    leaves = tensor_list(name, values)
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one tensor, got none")
+    first = leaves[0]
+    for i, leaf in enumerate(leaves):
+        floating(f"{name}[{i}]", leaf, like=first, like_name=f"{name}[0]")
+        if leaf.dim() < 1 or leaf.shape[0] != first.shape[0]:
+            tasks = first.shape[0] if first.dim() else "T"
+            raise ValueError(f"{name}[{i}] must be [T={tasks}, ...], got shape {list(leaf.shape)}")
+    return leaves
+
+
 def shape(name: str, value: Tensor, *expected: tuple[str, int | None]) -> None:
     """The exact shape, given as (axis letter, size or None for any)."""
     right = value.dim() == len(expected)

@@ -71,15 +71,7 @@ def sgd_step(
         [tensor([[0.5000, 0.5000, 0.5000],
                 [0.7500, 0.7500, 0.7500]])]
     """
-    params, grads = _check.tensor_list("params", params), _check.tensor_list("grads", grads)
-    if not params:
-        raise ValueError("params must hold at least one tensor, got none")
-    first = params[0]
-    for i, p in enumerate(params):
-        _check.floating(f"params[{i}]", p, like=first, like_name="params[0]")
-        if p.dim() < 1 or p.shape[0] != first.shape[0]:
-            tasks = first.shape[0] if first.dim() else "T"
-            raise ValueError(f"params[{i}] must be [T={tasks}, ...], got shape {list(p.shape)}")
+    params, grads = _check.task_leaves("params", params), _check.tensor_list("grads", grads)
     _check.same_tree("grads", grads, params)
     rates = _rates(lr, params)
     _check.number("momentum", momentum, low=0.0, below=1.0)

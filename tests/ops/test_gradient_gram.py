@@ -1,0 +1,79 @@
+"""gradient_gram: the battery, and its sums where float32 has lost them."""
+
+import pytest
+import torch
+
+from mtml_fast.ops import OPERATORS, gradient_gram
+from mtml_fast.testing import BadInput, Case, op_battery
+
+SHAPES = [(5, 3), (7,), (1,), ()]
+
+
+def make(tasks, shapes):
+    def arguments(dtype, generator):
+        return dict(gradients=[torch.randn((tasks, *shape), generator=generator, dtype=dtype) for shape in shapes])
+
+    return arguments
+
+
+CASES = [
+    Case("T3", make(3, SHAPES)),
+    Case("T2-tiny", make(2, [(2, 2), (3,), ()]), tiny=True),
+    Case("T1", make(1, SHAPES)),
+    Case("T0", make(0, SHAPES)),
+    Case("T40-odd", make(40, [(31,), (63, 1), (1, 65)])),
+    # more than one block of the sum
+    Case("T3-wide", make(3, [(17, 2003)])),
+    Case("empty-leaf", make(3, [(0, 4), (2,)])),
+]
+
+
+def change(**values):
+    return lambda arguments: {**arguments, **values}
+
+
+BAD = [
+    BadInput("type", change(gradients=3), TypeError, "gradients must be a list of tensors, got int"),
+    BadInput("none", change(gradients=[]), ValueError, "gradients must hold at least one tensor, got none"),
+    BadInput("int", change(gradients=[torch.ones(3).long()]), TypeError, "gradients[0] must be float32 or float64"),
+    BadInput(
+        "tasks",
+        change(gradients=[torch.ones(3, 2), torch.ones(2, 2)]),
+        ValueError,
+        "gradients[1] must be [T=3, ...], got shape [2, 2]",
+    ),
+    BadInput("scalar", change(gradients=[torch.ones(())]), ValueError, "gradients[0] must be [T=T, ...], got shape []"),
+    BadInput(
+        "dtype",
+        change(gradients=[torch.ones(3), torch.ones(3).double()]),
+        TypeError,
+        "gradients[1] must have the dtype of gradients[0] (torch.float32), got torch.float64",
+    ),
+    BadInput(
+        "device",
+        change(gradients=[torch.ones(3), torch.ones(3, device="meta")]),
+        ValueError,
+        "gradients[1] must be on the device of gradients[0] (cpu), got meta",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "check",
+    op_battery(gradient_gram, OPERATORS["gradient_gram"], CASES, per_task=lambda results, _: [results], bad_inputs=BAD),
+    ids=str,
+)
+def test_battery(check):
+    check()
+
+
+def test_sums_are_float64():
+    """A million small numbers beside a large one, of which float32 would keep none."""
+    row = torch.full((1_000_001,), 1e-4)
+    row[0] = 1e4
+    gram = gradient_gram([torch.stack([row, -row])])
+    exact = row.double().square().sum()
+    assert gram.dtype == torch.float64
+    torch.testing.assert_close(
+        gram, exact * torch.tensor([[1.0, -1], [-1, 1]], dtype=torch.float64), rtol=1e-13, atol=0
+    )
