@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from mtml_fast import data as data
+from mtml_fast import multitask as multitask
 from mtml_fast import nn as nn
 from mtml_fast import ops as ops
 from mtml_fast.algorithms import FOMAML as FOMAML

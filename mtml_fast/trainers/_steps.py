@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,19 @@ from mtml_fast.nn.task_heads import TaskHeads
 from mtml_fast.nn.task_stack import TaskStack
 
 
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, heads: TaskHeads | TaskStack, tasks: Sequence[int]) -> None:
-    """Backward, and a step of the optimizer that leaves every task which is not in `tasks` as it is.
+def descend(
+    backward: Callable[[], object],
+    optimizer: torch.optim.Optimizer,
+    heads: TaskHeads | TaskStack,
+    tasks: Sequence[int],
+) -> None:
+    """`backward()`, and a step of the optimizer that leaves every task which is not in `tasks` as it is.
 
     Those tasks have a zero gradient here, where a module of their own would have none: momentum and weight decay would
     move them.
     """
     optimizer.zero_grad()
-    loss.backward()
+    backward()
     kept = _kept(optimizer, heads, tasks)
     optimizer.step()
     with torch.no_grad():

@@ -261,7 +261,7 @@ class MultiTaskMetaLearningModel:
                     f"the loss of batch {start // batch_size} is {loss.item()}; its step is not taken"
                 )
             present = range(self.num_tasks) if batch.tasks is None else set(batch.tasks.tolist())
-            descend(loss, self.optimizer, self.network.heads, present)
+            descend(loss.backward, self.optimizer, self.network.heads, present)
             means.add({"loss": loss.detach(), **metrics}, len(batch.x))
             if interrupts.received is not None:
                 break

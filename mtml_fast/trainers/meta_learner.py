@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtml_fast.multitask import Affinity, Balance, affinity, balance_of
+from mtml_fast.multitask.balance import Surgery
 from mtml_fast.nn.meta_learner import Entries, MetaLearner
 from mtml_fast.nn.task_heads import TaskHeads
 from mtml_fast.nn.task_stack import TaskStack
@@ -31,7 +35,8 @@ class MetaLearnerTrainer:
         L = \sum_i \frac{1}{N_i} \sum_n \ell\bigl(f_{t_i}(g(x_{i,n})),\, y_{i,n}\bigr)
 
     The articles' four steps are `initialize`, `pretrain` (all tasks jointly), `meta_train` (each task's module learns
-    to adapt within a few steps) and `adapt` (new tasks). A task that is absent from a call stays exactly as it is.
+    to adapt within a few steps) and `adapt` (new tasks); before them, `select_tasks` says which tasks belong together.
+    A task that is absent from a call stays exactly as it is.
 
     Args:
         learner: the MetaLearner.
@@ -41,6 +46,10 @@ class MetaLearnerTrainer:
             optimizer's class, or a torch optimizer that holds the learner's parameters.
         loss: a name (cross_entropy, bce, mse, mae, huber) or a `callable(outputs, targets)` that gives a mean.
             `None`: cross_entropy for integer targets, mse for floating ones.
+        balance: how the task losses become one step: a name ("pcgrad", "uncertainty", ... see
+            `mtml_fast.multitask.BALANCES`) or a `mtml_fast.multitask.Balance` of `num_tasks` tasks; its parameters, if
+            it has some, are given to the optimizer. `None`: their sum. Gradient surgery needs a trunk, whose gradients
+            it balances; each task module then gets the gradient of its own loss.
 
     Attributes: `task_losses [E]` of the last step or test, one mean loss an entry; `history`, a list of sums for each
     of "train", "pretrain" and "meta_train", one number an epoch.
@@ -71,6 +80,7 @@ class MetaLearnerTrainer:
         lr: float = 1e-3,
         optimizer: str | Callable | torch.optim.Optimizer = "adam",
         loss: str | Callable | None = None,
+        balance: str | Balance | None = None,
     ):
         if not isinstance(learner, MetaLearner):
             raise TypeError(f"learner must be a MetaLearner, got {type(learner).__name__}")
@@ -78,12 +88,25 @@ class MetaLearnerTrainer:
             raise ValueError(f"num_tasks must be the learner's {learner.num_tasks}, got {num_tasks!r}")
         self.learner = learner
         self.optimizer = _names.optimizer(optimizer, learner.parameters(), lr)
+        self.balance = None if balance is None else balance_of(balance, num_tasks)
+        if isinstance(self.balance, Surgery) and learner.trunk is None:
+            raise ValueError(
+                f"balance must be a weighting for a learner without a trunk, got {type(self.balance).__name__}"
+            )
+        if self.balance is not None:
+            self.balance.to(next(learner.parameters()).device)
+            held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            own = [p for p in self.balance.parameters() if id(p) not in held]
+            if own:
+                self.optimizer.add_param_group({"params": own})
+            self._first_balance = copy.deepcopy(self.balance.state_dict())
         self.task_losses: Tensor | None = None
+        self.affinity: Affinity | None = None
         self.history: dict[str, list[float]] = {"train": [], "pretrain": [], "meta_train": []}
         self._loss = None if loss is None else _names.loss(loss)
 
     def initialize(self, seed: int | None = None) -> None:
-        """New first values in the learner, a fresh optimizer state and an empty history.
+        """New first values in the learner, a fresh state of the optimizer and of `balance`, and an empty history.
 
         Layers without `reset_parameters` keep their values. `seed` goes to `torch.manual_seed`.
         """
@@ -91,9 +114,36 @@ class MetaLearnerTrainer:
             torch.manual_seed(seed)
         self.learner.reset_parameters()
         self.optimizer.state.clear()
-        self.task_losses = None
+        if self.balance is not None:
+            self.balance.load_state_dict(self._first_balance)
+        self.task_losses = self.affinity = None
         for sums in self.history.values():
             sums.clear()
+
+    def select_tasks(
+        self, inputs, tasks, targets, groups: int, *, kind: str = "lookahead", lr: float = 0.01
+    ) -> list[list[int]]:
+        """The step before the articles' four: which tasks to train together, as groups of task ids.
+
+        The affinity of the tasks is that in the learner's trunk as it is, best after some epochs of `pretrain`. It
+        stays in `trainer.affinity`: a table, a picture, other groupings. See `mtml_fast.multitask.affinity`.
+
+        Args:
+            inputs, tasks, targets: as for `train`; each task at most once.
+            groups: how many.
+            kind, lr: "lookahead", what a step at rate lr on one task does to the loss of another; "linear", the same to
+                first order; "cosine", of the gradients.
+        """
+        entries, targets, loss = self._prepared(inputs, tasks, targets)
+        for i, t in enumerate(entries.tasks):
+            if t in entries.tasks[:i]:
+                raise ValueError(f"tasks must hold each task once, got {t} twice")
+        if entries.single:
+            raise ValueError("inputs must have an axis for the rows of each task, got one row of each")
+        self.affinity = affinity(
+            self.learner, (entries.split(), targets), kind=kind, loss=loss, lr=lr, tasks=entries.tasks
+        )
+        return self.affinity.groups(groups)
 
     def train(self, inputs, tasks, targets, epochs: int = 1) -> float:
         """One optimizer step on all rows an epoch; the sum of the task losses before the last step."""
@@ -248,7 +298,7 @@ class MetaLearnerTrainer:
                     total = float(task_losses.detach().sum())
                     if not math.isfinite(total):
                         raise FloatingPointError(f"the loss of epoch {epoch + 1} is {total}; the step is not taken")
-                    descend(task_losses.sum(), self.optimizer, self.learner.heads, tasks)
+                    descend(partial(self._backward, task_losses, tasks), self.optimizer, self.learner.heads, tasks)
                     self.task_losses = task_losses.detach()
                     self.history[phase].append(total)
                     epoch += 1
@@ -257,6 +307,13 @@ class MetaLearnerTrainer:
             progress.close(epoch, text)
         interrupts.raise_received()
         return total
+
+    def _backward(self, task_losses: Tensor, tasks: Sequence[int]) -> None:
+        if self.balance is None:
+            task_losses.sum().backward()
+            return
+        trunk = self.learner.trunk
+        self.balance.backward(task_losses, None if trunk is None else trunk.parameters(), tasks=tasks)
 
     def _prepared(self, inputs, tasks, targets) -> tuple[Entries, list[Tensor], Callable]:
         """The entries of a call, the targets of each, and the loss; the learner's outputs get their widths."""

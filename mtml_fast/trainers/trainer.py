@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mtml_fast.files import save_tensors
+from mtml_fast.multitask import Balance, balance_of
 from mtml_fast.ops._check import readable
 from mtml_fast.tasks import TaskRows
 from mtml_fast.trainers import _names
@@ -38,7 +39,7 @@ class Trainer:
             batch = tasks.sample(meta_batch, step)
             loss = algorithm(batch).loss                    # the mean over tasks of the query loss
             stop with an error if loss is not finite, before any weight changes
-            loss.backward(); clip; optimizer.step(); scheduler.step(); step += 1
+            loss.backward() (or balance.backward(task_losses)); clip; optimizer.step(); scheduler.step(); step += 1
             every validate_every steps: validate, note the best, stop after `patience` validations without a better one
             every log_every steps: a row of history
             every checkpoint_every steps: a checkpoint
@@ -58,6 +59,10 @@ class Trainer:
             brings its own rate.
         scheduler: a callable `(optimizer) -> torch scheduler`, or a torch scheduler; stepped once a meta-step.
         clip_grad: the largest norm of the meta-gradient.
+        balance: how the tasks' losses become one step, instead of by their mean: a name ("pcgrad", "mgda", "gls", ...)
+            or a `mtml_fast.multitask.Balance`, of those that remember nothing of a task, as each meta-batch holds other
+            tasks. The losses are given to it undivided. Surgery needs the gradient of each task: T backward passes,
+            batched where torch can; MAML's store="all" spares each of them its forward pass.
         validation: a data set; every `validate_every` meta-steps, `validation_tasks` fixed tasks of it are adapted by
             `validation_steps` inner steps (None: the algorithm's own number).
         monitor: what is best: "loss" (lower is better) or the name of a metric (higher is better); None takes
@@ -97,6 +102,7 @@ class Trainer:
         optimizer: str | Callable | torch.optim.Optimizer = "adam",
         scheduler: Any = None,
         clip_grad: float | None = None,
+        balance: str | Balance | None = None,
         validation: Any = None,
         validate_every: int = 1000,
         validation_tasks: int = 200,
@@ -134,6 +140,11 @@ class Trainer:
         if resume is True and checkpoint is None:
             raise ValueError("resume=True needs a checkpoint folder, got checkpoint=None")
 
+        self.balance = None if balance is None else balance_of(balance, meta_batch)
+        if self.balance is not None and self.balance.keeps_tasks:
+            raise ValueError(
+                f"balance must not remember tasks, as every meta-batch holds others, got {type(self.balance).__name__}"
+            )
         self.algorithm, self.tasks, self.validation = algorithm, tasks, validation
         self.meta_batch, self.clip_grad, self.patience = meta_batch, clip_grad, patience
         self.validate_every, self.validation_tasks = validate_every, validation_tasks
@@ -156,6 +167,7 @@ class Trainer:
             meta_batch=meta_batch,
             meta_lr=None if isinstance(optimizer, torch.optim.Optimizer) else meta_lr,
             clip_grad=clip_grad,
+            balance=None if self.balance is None else repr(self.balance),
             **_described_validation(validation, validation_tasks, validation_steps),
         )
 
@@ -276,9 +288,13 @@ class Trainer:
         if "accuracy" in result.metrics:
             self._accuracies.append(result.metrics["accuracy"].detach())
         # the optimizer's zero_grad takes 0.2 ms for the same
-        for parameter in self._parameters:
-            parameter.grad = None
-        result.loss.backward()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        if self.balance is None:
+            result.loss.backward()
+        else:
+            self.balance.backward(result.task_losses, self._parameters)
         if self.clip_grad is not None:
             nn.utils.clip_grad_norm_(self._parameters, self.clip_grad)
         self.optimizer.step()
