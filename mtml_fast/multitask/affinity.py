@@ -130,7 +130,7 @@ def affinity(
     loss: str | Callable | None = None,
     lr: float = 0.01,
     tasks: Sequence | None = None,
-    chunk: int = 16,
+    chunk: int = 4,
 ) -> Affinity:
     r"""How the gradients of all tasks in what they share act on each other's losses.
 

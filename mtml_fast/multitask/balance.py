@@ -114,9 +114,8 @@ class Surgery(Balance):
         _check.tensor("gram", gram)
         count = gram.shape[0] if gram.dim() else 0
         _check.shape("gram", gram, ("T", count), ("T", count))
-        for t in (~gram.detach().diagonal().isfinite()).nonzero().flatten()[:1].tolist():
-            raise FloatingPointError(f"the gradient of task {t if tasks is None else int(tasks[t])} is not finite")
         tasks = self._tasks(tasks, gram.diagonal())
+        require_finite(gram.detach().diagonal(), tasks)
         losses = None if losses is None else losses.detach().double().cpu().numpy()
         weights = self._weights(gram.detach().double().cpu().numpy(), losses, tasks)
         return torch.as_tensor(weights, device=gram.device)
@@ -162,6 +161,14 @@ def task_gradients(losses: Tensor, parameters: Sequence[Tensor], chunk: int = 16
             if part is not None:
                 gradient[first : first + len(rows)] = part
     return gradients
+
+
+def require_finite(sizes: Tensor, tasks: Tensor) -> None:
+    """FloatingPointError naming the task whose gradient, of the given size, is not finite."""
+    # where one is infinite the others may be NaN because of it: zero times infinity
+    for bad in (sizes.isinf(), ~sizes.isfinite()):
+        for t in bad.nonzero().flatten()[:1].tolist():
+            raise FloatingPointError(f"the gradient of task {int(tasks[t])} is not finite")
 
 
 def _rows_of_gradients(losses: Tensor, parameters: Sequence[Tensor], rows: Tensor) -> Sequence[Tensor | None]:

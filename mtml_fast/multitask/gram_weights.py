@@ -112,8 +112,14 @@ def nash_mtl(gram: np.ndarray, max_norm: float | None = 1.0) -> np.ndarray:
     size = len(gram)
     if not np.trace(gram) > 0:
         return np.zeros(size)
-    scaled = ridged(gram)
-    w, before = 1 / np.sqrt(np.diag(scaled) * size), np.inf
+    # in units of each gradient's length, which the bargain does not depend on; one without length is no party to it
+    lengths = np.sqrt(np.diag(gram).clip(0))
+    parties = np.count_nonzero(lengths)
+    lengths[lengths == 0] = 1
+    scaled = gram / np.outer(lengths, lengths)
+    np.fill_diagonal(scaled, 1)
+    scaled = ridged(scaled)
+    w, before = np.full(size, size**-0.5), np.inf
 
     def value(w: np.ndarray) -> float:
         return w @ scaled @ w / 2 - np.log(w).sum()
@@ -130,10 +136,8 @@ def nash_mtl(gram: np.ndarray, max_norm: float | None = 1.0) -> np.ndarray:
         while decrease > 1e-3 and value(w * (1 + length * step)) > value(w) - 0.1 * length * decrease:
             length /= 2
         w = w * (1 + length * step)
-    norm = np.sqrt(size)
-    w = w * min(1.0, max_norm / norm) if max_norm is not None else w
-    # back from the scaled gradients
-    return w / np.sqrt(np.trace(gram) / size)
+    w = w * min(1.0, max_norm / np.sqrt(parties)) if max_norm is not None else w
+    return w / lengths
 
 
 def aligned_mtl(gram: np.ndarray, scale: str = "min") -> np.ndarray:
@@ -167,8 +171,8 @@ def _fixed_length(quadratic: np.ndarray, linear: np.ndarray, free: np.ndarray) -
     right[size, 0], right[:size, 1] = 1, -linear[free]
     # w is u + r v
     u, v = np.linalg.solve(system, right)[:size].T
-    quadratic = system[:size, :size]
-    a, b, c = v @ quadratic @ v - 1, u @ quadratic @ v, u @ quadratic @ u
+    among = system[:size, :size]
+    a, b, c = v @ among @ v - 1, u @ among @ v, u @ among @ u
     root = np.sqrt(max(b * b - a * c, 0))
     # of a < 0 < c the positive root
     return (-b - root) / a if a < 0 else np.nan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.multitask import gram_weights
-from mtml_fast.multitask.balance import Surgery
+from mtml_fast.multitask.balance import Surgery, require_finite
 from mtml_fast.ops import _check
 
 __all__ = ["IMTLG", "MGDA", "AlignedMTL", "CAGrad", "GradDrop", "GradNorm", "GradVac", "NashMTL", "PCGrad", "UPGrad"]
@@ -318,8 +318,7 @@ class GradDrop(Surgery):
             combined.append(chosen.sum(0))
             kept = kept + chosen.abs().double().unsqueeze(-1).flatten(1).sum(1)
             whole = whole + size.double().unsqueeze(-1).flatten(1).sum(1)
-        for t in (~whole.isfinite()).nonzero().flatten()[:1].tolist():
-            raise FloatingPointError(f"the gradient of task {int(tasks[t])} is not finite")
+        require_finite(whole, tasks)
         return combined, torch.where(whole > 0, kept / whole, 1.0)
 
     def extra_repr(self) -> str:
