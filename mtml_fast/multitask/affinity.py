@@ -130,6 +130,7 @@ def affinity(
     loss: str | Callable | None = None,
     lr: float = 0.01,
     tasks: Sequence | None = None,
+    measure: int | None = None,
     chunk: int = 4,
 ) -> Affinity:
     r"""How the gradients of all tasks in what they share act on each other's losses.
@@ -140,8 +141,8 @@ def affinity(
         \frac{\langle g_i, g_j \rangle}{\lVert g_i \rVert \lVert g_j \rVert} \ \text{(cosine)}
 
     All gradients come from one forward and backward pass in which each task has the shared parameters for itself, and
-    "linear" (lookahead to first order in lr) and "cosine" from their Gram matrix. "lookahead" takes T forward passes of
-    all rows, `chunk` at a time as one.
+    "linear" (lookahead to first order in lr) and "cosine" from their Gram matrix: the time of about two training steps.
+    "lookahead" takes T forward passes more, of all rows or of those that `measure` leaves, `chunk` at a time as one.
 
     Args:
         model: a MetaLearner, whose trunk is what the tasks share, or a module that they share as a whole. It is used in
@@ -152,6 +153,8 @@ def affinity(
             cross_entropy for integer targets, mse for floating ones.
         lr: the rate of the step.
         tasks: for a MetaLearner, the tasks that the rows belong to; for a module, their names. `None`: 0 .. T - 1.
+        measure: how many rows of each task, evenly spaced, tell a lookahead the losses before and after the steps; the
+            steps themselves follow all rows. `None`: all.
         chunk: steps taken at a time. Memory: T gradients of what is shared, and the activations of all rows
             `chunk` times.
 
@@ -173,14 +176,17 @@ def affinity(
     _check.choice("kind", kind, ("lookahead", "linear", "cosine"))
     _check.number("lr", lr, low=0, exclusive=True)
     _check.number("chunk", chunk, low=1, integer=True)
+    if measure is not None:
+        _check.number("measure", measure, low=1, integer=True)
     problem = _Problem(model, *_lists(rows), loss, tasks)
     with problem.evaluating():
         losses, gradients = problem.gradients()
         for t in (~losses.isfinite()).nonzero().flatten()[:1].tolist():
             raise FloatingPointError(f"the loss of task {problem.names[t]} is {losses[t].item()}")
         if kind == "lookahead":
-            after = problem.losses_after_steps(gradients, lr, chunk).double()
-            matrix = _share(losses.double() - after, losses)
+            measured = problem if measure is None else problem.thinned(measure)
+            before, after = measured.losses(), measured.losses_after_steps(gradients, lr, chunk)
+            matrix = _share(before.double() - after.double(), before)
         else:
             gram = gradient_gram(list(gradients.values()))
             norms = gram.diagonal().sqrt()
@@ -225,6 +231,12 @@ class _Problem:
             for module, training in modes:
                 module.training = training
 
+    def thinned(self, count: int) -> _Problem:
+        """The same with at most `count` rows a task."""
+        kept = [torch.linspace(0, len(x) - 1, min(count, len(x)), device=x.device).round().long() for x in self.inputs]
+        inputs, targets = ([v[k] for v, k in zip(parts, kept, strict=True)] for parts in (self.inputs, self.targets))
+        return _Problem(self.model, inputs, targets, self.loss, self.names)
+
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Each task's loss `[T]`, and its gradient in what is shared, name -> `[T, ...]`."""
         count = len(self.inputs)
@@ -242,28 +254,31 @@ class _Problem:
         return losses.detach(), dict(zip(leaves, gradients, strict=True))
 
     @torch.no_grad()
+    def losses(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """All losses `[T]`, with other values in what is shared if they are given."""
+        features = functional_call(self.shared, parameters or {}, (self.entries.joined(),))
+        return self._losses(list(features.split(self.entries.counts)))
+
     def losses_after_steps(self, gradients: dict[str, Tensor], lr: float, chunk: int) -> Tensor:
         """`[T, T]`: row i has all losses after a step on task i."""
-        x = self.entries.joined()
-
-        def losses(parameters: dict[str, Tensor]) -> Tensor:
-            features = functional_call(self.shared, parameters, (x,))
-            return self._losses(list(features.split(self.entries.counts)))
-
         parts = []
         for first in range(0, len(self.inputs), chunk):
-            stepped = {name: p - lr * gradients[name][first : first + chunk] for name, p in self.parameters.items()}
+            stepped = {
+                name: p.detach() - lr * gradients[name][first : first + chunk] for name, p in self.parameters.items()
+            }
             try:
-                parts.append(vmap(losses)(stepped))
+                parts.append(vmap(self.losses)(stepped))
             except torch.OutOfMemoryError:
+                # a RuntimeError too, and no reason to try again
                 raise
             except RuntimeError as error:
                 reason = str(error).strip().split("\n")[0]
                 warnings.warn(
-                    f"torch.func.vmap cannot run the model, one step at a time instead: {reason}", stacklevel=4
+                    f"torch.func.vmap cannot run the model, one step at a time instead: {reason}", stacklevel=3
                 )
                 count = len(next(iter(stepped.values())))
-                parts.append(torch.stack([losses({n: v[i] for n, v in stepped.items()}) for i in range(count)]))
+                each = [self.losses({name: value[i] for name, value in stepped.items()}) for i in range(count)]
+                parts.append(torch.stack(each))
         return torch.cat(parts)
 
     def _losses(self, features: list[Tensor]) -> Tensor:
