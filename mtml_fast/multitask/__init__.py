@@ -4,6 +4,7 @@ from mtml_fast.multitask.affinity import Affinity as Affinity
 from mtml_fast.multitask.affinity import affinity as affinity
 from mtml_fast.multitask.balance import Balance as Balance
 from mtml_fast.multitask.balance import task_gradients as task_gradients
+from mtml_fast.multitask.copies import TaskCopies as TaskCopies
 from mtml_fast.multitask.surgery import IMTLG as IMTLG
 from mtml_fast.multitask.surgery import MGDA as MGDA
 from mtml_fast.multitask.surgery import AlignedMTL as AlignedMTL

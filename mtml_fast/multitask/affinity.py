@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mtml_fast.files import write_atomically
+from mtml_fast.multitask.copies import TaskCopies
 from mtml_fast.nn.losses import LOSSES, fit_targets, task_losses
 from mtml_fast.nn.meta_learner import Entries, MetaLearner
-from mtml_fast.nn.task_stack import run_stacked
 from mtml_fast.ops import _check, gradient_gram
 from mtml_fast.tasks import TaskRows
 
@@ -239,19 +239,11 @@ class _Problem:
 
     def gradients(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Each task's loss `[T]`, and its gradient in what is shared, name -> `[T, ...]`."""
-        count = len(self.inputs)
-        state = dict(self.shared.named_parameters()) | dict(self.shared.named_buffers())
-        leaves = {name: p.detach().expand(count, *p.shape).requires_grad_() for name, p in self.parameters.items()}
-        features = [None] * count
-        for members in self._alike():
-            own = {name: leaves[name][members] if name in leaves else value.detach().expand(len(members), *value.shape)
-                   for name, value in state.items()}  # fmt: skip
-            outputs, _ = run_stacked(self.shared, own, torch.stack([self.inputs[t] for t in members]))
-            for t, output in zip(members, outputs.unbind(), strict=True):
-                features[t] = output
-        losses = self._losses(features)
-        gradients = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return losses.detach(), dict(zip(leaves, gradients, strict=True))
+        copies = TaskCopies(self.shared)
+        losses = self._losses(copies(self.inputs))
+        leaves = list(copies.leaves.values())
+        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
+        return losses.detach(), dict(zip(copies.leaves, gradients, strict=True))
 
     @torch.no_grad()
     def losses(self, parameters: dict[str, Tensor] | None = None) -> Tensor:
@@ -291,13 +283,6 @@ class _Problem:
             for t, (z, y) in enumerate(zip(outputs, self.targets, strict=True))
         ]
         return task_losses(self.loss, outputs, targets)
-
-    def _alike(self) -> list[list[int]]:
-        """Tasks whose inputs have one shape, and so run as one batch."""
-        members = {}
-        for t, x in enumerate(self.inputs):
-            members.setdefault((x.shape, x.dtype), []).append(t)
-        return list(members.values())
 
 
 def _lists(rows) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from mtml_fast.multitask.copies import TaskCopies
 from mtml_fast.ops import _check, gradient_combine, gradient_gram
 
 __all__ = ["Balance", "Surgery", "Weighting", "task_gradients"]
@@ -33,7 +34,7 @@ class Balance(nn.Module):
     def backward(
         self,
         task_losses: Tensor | Sequence[Tensor],
-        shared: Iterable[Tensor] | None = None,
+        shared: Iterable[Tensor] | TaskCopies | None = None,
         *,
         representation: Tensor | None = None,
         tasks: Sequence[int] | None = None,
@@ -45,9 +46,11 @@ class Balance(nn.Module):
             task_losses: L, `[T]`, or a list of T scalars.
             shared: the parameters that a `Surgery` balances, such as `trunk.parameters()`; `None`: all that the losses
                 depend on. Every other parameter belongs to a task, and gets the gradient of the sum of the losses.
+                Where each task has rows of its own, `TaskCopies` of the shared part spare T - 1 of T backward passes.
             representation: the output h of the shared part, from which the losses were computed. A `Surgery` then
                 looks at the gradients of the losses in h instead of those in the shared parameters, and takes one
-                backward pass through the shared part instead of T.
+                backward pass through the shared part instead of T. For tasks with the same rows: in an h whose rows
+                belong to one task each, no two gradients meet.
             tasks: whose losses these are, for those that remember something of each task; `None`: 0 .. num_tasks - 1.
             chunk: how many tasks a batched backward pass takes at a time. A `Surgery` holds the T gradients of what is
                 shared, and beside them what a backward pass holds, `chunk` times. Where torch cannot batch an operator
@@ -100,6 +103,8 @@ class Weighting(Balance):
             leaf = losses.detach().double().requires_grad_()
             self(leaf, tasks).backward()
         losses.backward(leaf.grad.to(losses.dtype))
+        if isinstance(shared, TaskCopies):
+            _add(shared.parameters, [copies.grad.sum(0) for copies in shared.leaves.values()])
         return leaf.grad
 
     def _observe(self, losses: Tensor, tasks: Tensor) -> None:
@@ -122,12 +127,11 @@ class Surgery(Balance):
 
     def _backward(self, losses, shared, representation, tasks, chunk) -> Tensor:
         leaves = _leaves(losses, representation)
+        if isinstance(shared, TaskCopies):
+            return self._backward_of_copies(losses, leaves, shared, tasks)
         shared = leaves if shared is None else [p for p in shared if p.requires_grad]
-        if representation is not None:
-            taken, specific = [representation], leaves
-        else:
-            taken, held = shared, set(map(id, shared))
-            specific = [leaf for leaf in leaves if id(leaf) not in held]
+        taken = shared if representation is None else [representation]
+        specific = leaves if representation is not None else _without(leaves, shared)
         if not taken:
             raise ValueError("shared must hold parameters that require a gradient, got none")
         gradients = task_gradients(losses, taken, chunk)
@@ -137,8 +141,28 @@ class Surgery(Balance):
         if representation is not None:
             representation.backward(combined[0])
         else:
-            for parameter, gradient in zip(shared, combined, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            _add(shared, combined)
+        return weights
+
+    def _backward_of_copies(self, losses: Tensor, leaves: list[Tensor], copies: TaskCopies, tasks: Tensor) -> Tensor:
+        """The gradients of all tasks, and those of what is not shared, from one backward pass."""
+        if not copies.leaves or next(iter(copies.leaves.values())).shape[0] != losses.numel():
+            raise ValueError(
+                f"shared must be copies for the {losses.numel()} tasks of task_losses: call it on their rows"
+            )
+        taken = list(copies.leaves.values())
+        specific = _without(leaves, taken)
+        options = {"allow_unused": True, "materialize_grads": True}
+        # what is not shared waits for its weights, where it has others than one
+        waits = type(self)._specific is not Surgery._specific
+        now = taken if waits else [*taken, *specific]
+        gradients = torch.autograd.grad(losses.sum(), now, retain_graph=waits, **options)
+        combined, weights = self._combined(list(gradients[: len(taken)]), losses.detach(), tasks)
+        if waits and specific:
+            losses.backward(self._specific(weights).to(losses.dtype), inputs=specific)
+        _add(copies.parameters, combined)
+        if not waits:
+            _add(specific, gradients[len(taken) :])
         return weights
 
     def _combined(self, gradients: list[Tensor], losses: Tensor, tasks: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -161,6 +185,16 @@ def task_gradients(losses: Tensor, parameters: Sequence[Tensor], chunk: int = 16
             if part is not None:
                 gradient[first : first + len(rows)] = part
     return gradients
+
+
+def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _without(leaves: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    held = set(map(id, others))
+    return [leaf for leaf in leaves if id(leaf) not in held]
 
 
 def require_finite(sizes: Tensor, tasks: Tensor) -> None:

@@ -6,14 +6,16 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtml_fast.multitask import Affinity, Balance, affinity, balance_of
+from mtml_fast.multitask import Affinity, Balance, TaskCopies, affinity, balance_of
 from mtml_fast.multitask.balance import Surgery
+from mtml_fast.multitask.copies import rows_stay_apart
 from mtml_fast.nn.meta_learner import Entries, MetaLearner
 from mtml_fast.nn.task_heads import TaskHeads
 from mtml_fast.nn.task_stack import TaskStack
@@ -278,11 +280,27 @@ class MetaLearnerTrainer:
 
     def _train_jointly(self, phase: str, inputs, tasks, targets, epochs: int) -> float:
         entries, targets, loss = self._prepared(inputs, tasks, targets)
-        objective = Objective(self.learner, loss)
-        return self._run(phase, epochs, lambda: objective(self.learner.features(entries), targets), entries.tasks)
+        objective, trunk = Objective(self.learner, loss), self.learner.trunk
+        copies = None
+        if isinstance(self.balance, Surgery) and not entries.single and rows_stay_apart(trunk):
+            copies = TaskCopies(trunk)
 
-    def _run(self, phase: str, epochs: int, losses: Callable[[], Tensor], tasks: Sequence[int]) -> float:
-        """One optimizer step an epoch on the sum of `losses()`; the last sum."""
+        def step() -> Tensor:
+            if copies is None:
+                return objective(self.learner.features(entries), targets)
+            return objective(replace(entries, x=copies(entries.split()), shared=False), targets)
+
+        return self._run(phase, epochs, step, entries.tasks, copies)
+
+    def _run(
+        self,
+        phase: str,
+        epochs: int,
+        losses: Callable[[], Tensor],
+        tasks: Sequence[int],
+        copies: TaskCopies | None = None,
+    ) -> float:
+        """One optimizer step an epoch on the sum of `losses()`; the last sum. `copies`: those of the trunk in it."""
         _check.number("epochs", epochs, low=1, integer=True)
         self.learner.train()
         progress = Progress(0, epochs, enabled=epochs > 1)
@@ -298,7 +316,9 @@ class MetaLearnerTrainer:
                     total = float(task_losses.detach().sum())
                     if not math.isfinite(total):
                         raise FloatingPointError(f"the loss of epoch {epoch + 1} is {total}; the step is not taken")
-                    descend(partial(self._backward, task_losses, tasks), self.optimizer, self.learner.heads, tasks)
+                    descend(
+                        partial(self._backward, task_losses, tasks, copies), self.optimizer, self.learner.heads, tasks
+                    )
                     self.task_losses = task_losses.detach()
                     self.history[phase].append(total)
                     epoch += 1
@@ -308,12 +328,14 @@ class MetaLearnerTrainer:
         interrupts.raise_received()
         return total
 
-    def _backward(self, task_losses: Tensor, tasks: Sequence[int]) -> None:
+    def _backward(self, task_losses: Tensor, tasks: Sequence[int], copies: TaskCopies | None) -> None:
         if self.balance is None:
             task_losses.sum().backward()
             return
-        trunk = self.learner.trunk
-        self.balance.backward(task_losses, None if trunk is None else trunk.parameters(), tasks=tasks)
+        shared = copies
+        if copies is None and self.learner.trunk is not None:
+            shared = self.learner.trunk.parameters()
+        self.balance.backward(task_losses, shared, tasks=tasks)
 
     def _prepared(self, inputs, tasks, targets) -> tuple[Entries, list[Tensor], Callable]:
         """The entries of a call, the targets of each, and the loss; the learner's outputs get their widths."""

@@ -107,6 +107,47 @@ def test_representation_mode(name, problem):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("counts", [(10, 10, 10), (4, 7, 4)])
+@pytest.mark.parametrize("name", [*BALANCES])
+def test_task_copies(name, counts, problem):
+    """The same gradients, twice added up, as without copies; rows of equal and of different number."""
+    model, x, y = problem
+    x, y = ([v[t, :n] for t, n in enumerate(counts)] for v in (x, y))
+
+    def losses(h):
+        return [F.mse_loss(head(z), t) for head, z, t in zip(model.heads, h, y, strict=True)]
+
+    torch.manual_seed(2)
+    balance = balance_of(name, TASKS)
+    expected_weights = [
+        balance.backward(losses([model.trunk(v) for v in x]), model.trunk.parameters()) for _ in range(2)
+    ]
+    expected = grads(model.parameters())
+    model.zero_grad()
+    torch.manual_seed(2)
+    balance, copies = balance_of(name, TASKS), multitask.TaskCopies(model.trunk)
+    for weights in expected_weights:
+        torch.testing.assert_close(balance.backward(losses(copies(x)), copies), weights)
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, rtol=1e-8, atol=1e-11)
+
+
+def test_task_copies_and_what_they_refuse():
+    trunk = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    trunk[0].bias.requires_grad_(False)
+    state = copy.deepcopy(trunk.state_dict())
+    copies = multitask.TaskCopies(trunk)
+    assert len(copies([torch.randn(4, 2), torch.randn(4, 2)])) == 2
+    assert sorted(copies.leaves) == ["0.weight", "1.bias", "1.weight"]
+    assert all(torch.equal(value, state[name]) for name, value in trunk.state_dict().items())
+    with pytest.raises(ValueError, match="shared must be copies for the 3 tasks of task_losses"):
+        multitask.MGDA().backward(torch.ones(3, requires_grad=True) * 2, copies)
+    with pytest.raises(TypeError, match=r"module must be an nn\.Module, got int"):
+        multitask.TaskCopies(3)
+    with pytest.raises(ValueError, match="module must have parameters that require a gradient, got none"):
+        multitask.TaskCopies(nn.Tanh())
+
+
 def test_a_parameter_beside_the_representation_gets_its_gradient():
     trunk, direct = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
     h = trunk(torch.ones(3, 2))

@@ -56,6 +56,34 @@ def test_equal_is_the_plain_sum():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+class Wrapped(nn.Module):
+    """A trunk that is not known to treat each row alone."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "gradnorm", "upgrad"])
+def test_trunks_whose_rows_stay_apart_train_the_same(name):
+    """By copies of the trunk, one backward pass, and by a batched pass: ragged rows, an absent task."""
+    counts, tasks = (9, 5, 9), [3, 0, 2]
+    x, y = ([v[i, :n] for i, n in enumerate(counts)] for v in toy())
+    results = []
+    for wrap in (lambda trunk: trunk, Wrapped):
+        torch.manual_seed(4)
+        trunk = wrap(nn.Sequential(nn.Linear(3, 16), nn.Tanh()).double())
+        learner = mf.MetaLearner(4, 16, 1, trunk=trunk).double()
+        trainer = mf.MetaLearnerTrainer(learner, 4, balance=name)
+        trainer.train([v.double() for v in x], tasks, [v.double() for v in y], epochs=5)
+        results.append([p.clone() for p in learner.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
 def test_the_optimizer_learns_the_parameters_of_the_balance():
     x, y = toy()
     trainer = mf.MetaLearnerTrainer(new_learner(), 4, lr=0.01, balance="uncertainty")
