@@ -162,7 +162,8 @@ class Surgery(Balance):
             losses.backward(self._specific(weights).to(losses.dtype), inputs=specific)
         _add(copies.parameters, combined)
         if not waits:
-            _add(specific, gradients[len(taken) :])
+            # autograd may give two parameters one and the same tensor
+            _add(specific, [gradient.clone() for gradient in gradients[len(taken) :]])
         return weights
 
     def _combined(self, gradients: list[Tensor], losses: Tensor, tasks: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -188,8 +189,14 @@ def task_gradients(losses: Tensor, parameters: Sequence[Tensor], chunk: int = 16
 
 
 def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Adds to `.grad`, in the memory layout of the parameter, which optimizers are fastest with."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad + gradient
+        elif gradient.stride() == parameter.stride():
+            parameter.grad = gradient
+        else:
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 def _without(leaves: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:

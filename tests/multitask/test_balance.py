@@ -130,6 +130,16 @@ def test_task_copies(name, counts, problem):
         torch.testing.assert_close(balance.backward(losses(copies(x)), copies), weights)
     for p, g in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-8, atol=1e-11)
+        assert p.grad.stride() == p.stride()
+
+
+def test_no_two_parameters_share_a_gradient():
+    trunk, a, b = nn.Linear(2, 1), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    copies = multitask.TaskCopies(trunk)
+    losses = [(z + (a + b)).sum() for z in copies([torch.ones(1, 2), torch.ones(1, 2)])]
+    multitask.MGDA().backward(losses, copies)
+    a.grad.mul_(3)
+    assert b.grad.item() == 2
 
 
 def test_task_copies_and_what_they_refuse():
