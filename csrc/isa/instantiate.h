@@ -1,4 +1,6 @@
 // The whole core, compiled for the set that the including file names by MTML_ISA and MTML_VECTOR_BYTES.
+#include "core/heads.h"
+#include "core/heads_loss.h"
 #include "core/mlp_adapt.h"
 #include "core/sgd_step.h"
 
@@ -13,6 +15,10 @@ const Kernels kernels = {
     {sgd_step<double>, sgd_step_backward<double>, sgd_step_shared_rate_backward<double>},
     kMlpAdapt<float>,
     kMlpAdapt<double>,
+    {heads_scratch<float>, heads_forward<float>, heads_backward<float>, heads_double_backward<float>,
+     heads_loss<float>},
+    {heads_scratch<double>, heads_forward<double>, heads_backward<double>, heads_double_backward<double>,
+     heads_loss<double>},
 };
 
 }  // namespace mtml::MTML_ISA

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/heads_args.h"
 #include "core/mlp_adapt_plan.h"
 #include "core/sgd_step_args.h"
 
@@ -15,6 +16,8 @@ struct Kernels {
   SgdStep<double> sgd_step_f64;
   MlpAdapt<float> mlp_adapt_f32;
   MlpAdapt<double> mlp_adapt_f64;
+  Heads<float> heads_f32;
+  Heads<double> heads_f64;
 
   template <class T>
   const SgdStep<T>& sgd_step() const {
@@ -30,6 +33,14 @@ struct Kernels {
       return mlp_adapt_f32;
     } else {
       return mlp_adapt_f64;
+    }
+  }
+  template <class T>
+  const Heads<T>& heads() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return heads_f32;
+    } else {
+      return heads_f64;
     }
   }
 };

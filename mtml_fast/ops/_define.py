@@ -2,7 +2,8 @@
 
 The schema lives in Python. The reference is the implementation for every device without a native one, and its vjp is
 the implementation of the backward operator `<name>_backward`, which is an operator too: so C++ may serve either, and
-both have autograd. A missing derivative raises; it never becomes first order in silence.
+both have autograd. The reverse of the backward operator may be a third one, `<name>_double_backward`. A missing
+derivative raises; it never becomes first order in silence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OPERATORS: dict[str, Operator] = {}
 class Operator:
     """A registered operator; calling it routes to the dispatcher, or to the reference where only that is right."""
 
-    def __init__(self, name, reference, arguments, differentiable, refuse):
+    def __init__(self, name, reference, arguments, differentiable, refuse, double_backward):
         self.name: str = name
         self.reference: Callable = reference
         # (type, name) of each argument
@@ -35,6 +36,8 @@ class Operator:
         namespace = torch.ops.mtml_fast
         self.forward = getattr(namespace, name).default
         self.backward = getattr(namespace, f"{name}_backward").default
+        # without autograd of its own; None where the reference alone has the second derivative
+        self.double_backward = getattr(namespace, f"{name}_double_backward").default if double_backward else None
 
     def __call__(self, *args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
@@ -61,6 +64,7 @@ def define_op(
     fake: Callable,
     differentiable: Sequence[str],
     refuse: str | None = None,
+    double_backward: bool = False,
 ) -> Operator:
     """Register operator `name` and its backward operator, and return it.
 
@@ -75,12 +79,21 @@ def define_op(
         differentiable: names of the arguments with a gradient.
         refuse: why the backward operator has no derivative of its own; `None` where the reference gives it, to any
             order.
+        double_backward: whether there is an operator for this derivative too: `(Tensor[] grad_results, Tensor[]
+            grad_outputs, <arguments>, bool[] needs, bool[] double_needs) -> Tensor[]`, with one cotangent for each
+            result of the backward operator; `double_needs` has one entry for each of grad_outputs and of the tensors
+            that `needs` has. What is differentiated further goes through the reference.
     """
     arguments = [tuple(argument.split(" ")) for argument in re.match(r"\((.*)\) -> ", schema).group(1).split(", ")]
     inputs = schema[1 : schema.index(") -> ")]
     LIB.define(f"{name}{schema}")
     LIB.define(f"{name}_backward(Tensor[] grad_outputs, {inputs}, bool[] needs) -> Tensor[]")
-    operator = Operator(name, reference, arguments, differentiable, refuse)
+    if double_backward:
+        LIB.define(
+            f"{name}_double_backward(Tensor[] grad_results, Tensor[] grad_outputs, {inputs}, bool[] needs, "
+            "bool[] double_needs) -> Tensor[]"
+        )
+    operator = Operator(name, reference, arguments, differentiable, refuse, double_backward)
     places = [i for i, (_, argument) in enumerate(arguments) if argument in differentiable]
 
     def backward_reference(grad_outputs: list[Tensor], *inputs_and_needs) -> list[Tensor]:
@@ -97,6 +110,22 @@ def define_op(
         _, pullback = torch.func.vjp(forward, *(flat[i] for i in wanted))
         return list(pullback(tuple(grad_outputs)))
 
+    def double_backward_reference(grad_results: list[Tensor], grad_outputs: list[Tensor], *rest) -> list[Tensor]:
+        *inputs, needs, double_needs = rest
+        everything = [grad_outputs, *inputs]
+        positions = [0, *(i + 1 for i in places)]
+        flat = _tensors(everything, positions)
+        wanted = [i for i, needed in enumerate(double_needs) if needed]
+
+        def first(*values):
+            replaced = list(flat)
+            for i, value in zip(wanted, values, strict=True):
+                replaced[i] = value
+            return tuple(backward_reference(*_with_tensors(everything, positions, replaced), needs))
+
+        _, pullback = torch.func.vjp(first, *(flat[i] for i in wanted))
+        return list(pullback(tuple(grad_results)))
+
     LIB.impl(name, _kernel(reference), "CompositeExplicitAutograd")
     LIB.impl(f"{name}_backward", _kernel(backward_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mtml_fast::{name}", fake, lib=LIB)
@@ -106,6 +135,16 @@ def define_op(
         return [t.new_empty(t.shape) for t, needed in zip(_tensors(inputs, places), needs, strict=True) if needed]
 
     torch.library.register_fake(f"mtml_fast::{name}_backward", fake_backward, lib=LIB)
+    if double_backward:
+        target = f"{name}_double_backward"
+        LIB.impl(target, _kernel(double_backward_reference), "CompositeExplicitAutograd")
+
+        def fake_double_backward(grad_results, grad_outputs, *rest):
+            *inputs, _, double_needs = rest
+            flat = [*grad_outputs, *_tensors(inputs, places)]
+            return [t.new_empty(t.shape) for t, needed in zip(flat, double_needs, strict=True) if needed]
+
+        torch.library.register_fake(f"mtml_fast::{target}", fake_double_backward, lib=LIB)
 
     def backward(ctx, *grads):
         inputs = _restore(ctx)
@@ -121,20 +160,11 @@ def define_op(
             raise RuntimeError(f"{name}: {refuse}")
         grad_outputs, *inputs, needs = _restore(ctx)
         everything = [grad_outputs, *inputs]
-        positions = [0, *(i + 1 for i in places)]
-        flat = _tensors(everything, positions)
         # an argument that is absent has a flag and no tensor
-        flags = _flat([ctx.needs_input_grad[i] for i in positions if everything[i] is not None])
-        wanted = [i for i, needed in enumerate(flags) if needed]
-
-        def first(*values):
-            replaced = list(flat)
-            for i, value in zip(wanted, values, strict=True):
-                replaced[i] = value
-            return tuple(backward_reference(*_with_tensors(everything, positions, replaced), needs))
-
-        _, pullback = torch.func.vjp(first, *(flat[i] for i in wanted))
-        results = iter(pullback(tuple(_flat(grads))))
+        flags = _flat([ctx.needs_input_grad[i] for i in (0, *(i + 1 for i in places)) if everything[i] is not None])
+        native = operator.double_backward is not None and not torch.is_grad_enabled()
+        compute = operator.double_backward if native else double_backward_reference
+        results = iter(compute(_flat(grads), grad_outputs, *inputs, needs, flags))
         return _like_inputs([*everything, needs], ctx.needs_input_grad, results)
 
     for target, formula in ((name, backward), (f"{name}_backward", double_backward)):

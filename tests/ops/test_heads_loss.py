@@ -36,7 +36,7 @@ CASES = [
 
 LOSS_BAD = [
     BadInput(
-        "loss", change(loss="hinge"), ValueError, "loss must be one of 'cross_entropy', 'mse', 'bce', got 'hinge'"
+        "loss", change(loss="hinge"), ValueError, "loss must be one of 'cross_entropy', 'mse', 'bce', 'huber', got"
     ),
     BadInput(
         "y-high",
@@ -44,7 +44,7 @@ LOSS_BAD = [
         ValueError,
         "y must be in 0..0 in row 6, got 1",
     ),
-    BadInput("y-low", change(y=torch.full((11,), -1)), ValueError, "y must be in 0..13, got -1"),
+    BadInput("y-low", change(y=torch.full((11,), -1)), ValueError, "y must be in 0..1 in row 0, got -1"),
     BadInput("y-dtype", change(y=torch.zeros(11)), TypeError, "y must be int64 class labels, got torch.float32"),
     BadInput("y-rows", change(y=torch.zeros(3, dtype=torch.int64)), ValueError, "y must be [R=11], got shape [3]"),
     BadInput(

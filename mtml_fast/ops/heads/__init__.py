@@ -24,6 +24,7 @@ OPERATOR = define_op(
     reference.heads,
     fake=_fake,
     differentiable=("x", "weight", "bias", "hidden_weight", "hidden_bias"),
+    double_backward=True,
 )
 
 
