@@ -34,7 +34,10 @@ if (_built := json.loads(_numpy.build_info())["version"]) != __version__:
         "run `pip install --no-build-isolation -e .` in the source folder of mtml_fast"
     )
 
-__all__ = ["MLPAdapted", "mlp_adapt", "sgd_step"]
+__all__ = ["HeadsLoss", "MLPAdapted", "heads", "heads_loss", "mlp_adapt", "sgd_step"]
+
+# in the order of the core
+_HEAD_LOSSES = ("cross_entropy", "mse", "bce", "huber")
 
 
 def sgd_step(
@@ -234,6 +237,147 @@ def mlp_adapt(
         parts = np.split(fast, np.cumsum([math.prod(shape) for shape in shapes])[:-1], axis=1)
         parameters = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
     return MLPAdapted(outputs, losses, parameters, rest[0] if gradient else None, rest[1:] if gradient else None)
+
+
+def heads(
+    x: np.ndarray,
+    offsets: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    out_offsets: np.ndarray | None = None,
+    *,
+    hidden_weight: np.ndarray | None = None,
+    hidden_bias: np.ndarray | None = None,
+    activation: str = "relu",
+) -> np.ndarray:
+    r"""Every task's rows through the task's own head.
+
+    .. math::
+        z_t = h_t W_t^\top + b_t, \qquad h_t = x_t \ \text{ or } \ \sigma(x_t V_t^\top + c_t)
+
+    Arguments and result as of `mtml_fast.ops.heads`, as arrays.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Example:
+        >>> weight = np.array([[1.0, 2, 3], [10, 20, 30]])
+        >>> heads(np.eye(3), np.array([0, 1, 3]), weight).tolist()
+        [1.0, 20.0, 30.0]
+    """
+    arguments = _heads_arguments(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
+    return _numpy.heads(*arguments)[0]
+
+
+class HeadsLoss(NamedTuple):
+    """Each task's mean loss, and the gradients of their sum."""
+
+    losses: np.ndarray  # [T]
+    # of x, weight, and of what there is of bias, hidden_weight and hidden_bias; None where not asked for
+    gradients: dict[str, np.ndarray] | None
+
+
+def heads_loss(
+    x: np.ndarray,
+    y: np.ndarray | tuple[np.ndarray, np.ndarray],
+    offsets: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    out_offsets: np.ndarray | None = None,
+    *,
+    hidden_weight: np.ndarray | None = None,
+    hidden_bias: np.ndarray | None = None,
+    activation: str = "relu",
+    loss: str | Sequence[str] = "cross_entropy",
+    mask: np.ndarray | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    class_weights: np.ndarray | None = None,
+    delta: float = 1.0,
+    gradient: bool = False,
+) -> HeadsLoss:
+    r"""Each task's mean loss over its own rows and outputs.
+
+    .. math::
+        L_t = \frac{1}{R_t} \sum_{r \in t} \ell_t(z_{t,r}, y_r)
+
+    Arguments as of `mtml_fast.ops.heads_loss`, as arrays.
+
+    Args:
+        gradient: whether to compute the gradients of the sum of the losses too.
+
+    Returns:
+        `(losses, gradients)`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Example:
+        >>> weight = np.array([[1.0, 2, 3], [10, 20, 30]])
+        >>> result = heads_loss(np.eye(3), np.zeros(3), np.array([0, 1, 3]), weight, loss="mse", gradient=True)
+        >>> result.losses.tolist(), result.gradients["weight"].tolist()
+        ([1.0, 650.0], [[2.0, 0.0, 0.0], [0.0, 20.0, 30.0]])
+    """
+    arguments = _heads_arguments(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
+    names = [loss] if isinstance(loss, str) else list(loss)
+    for name in names:
+        if name not in _HEAD_LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(map(repr, _HEAD_LOSSES))}, got {name!r}")
+    classes, others = "cross_entropy" in names, {*names} - {"cross_entropy"}
+    if isinstance(y, (list, tuple)) and len(y) == 2:
+        labels, targets = y
+    elif classes and others:
+        raise ValueError("y must be the pair (classes, targets) where cross_entropy and other losses are mixed")
+    else:
+        labels, targets = (y, None) if classes else (None, y)
+    given = {"y": labels if classes else None, "targets": targets if others else None}
+    given |= {"class_weights": class_weights, "mask": mask}
+    labels, targets, class_weights, mask = (_maybe(name, value) for name, value in given.items())
+    if targets is not None:
+        targets = targets.reshape(-1)
+    if mask is not None:
+        mask = mask.reshape(-1)
+    for name, value in (("label_smoothing", label_smoothing), ("delta", delta)):
+        _number(name, value)
+    _number("ignore_index", ignore_index, integer=True)
+    x, *rest, activation = arguments
+    losses, *gradients = _numpy.heads_loss(
+        x,
+        labels,
+        targets,
+        *rest,
+        class_weights,
+        mask,
+        activation,
+        [_HEAD_LOSSES.index(name) for name in names],
+        float(label_smoothing),
+        ignore_index,
+        float(delta),
+        bool(gradient),
+    )
+    if not gradient:
+        return HeadsLoss(losses, None)
+    named = dict(x=x, weight=weight, bias=bias, hidden_weight=hidden_weight, hidden_bias=hidden_bias)
+    present = [name for name, value in named.items() if value is not None]
+    return HeadsLoss(losses, dict(zip(present, gradients, strict=True)))
+
+
+def _heads_arguments(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation) -> list:
+    named = dict(x=x, offsets=offsets, weight=weight)
+    for name, value in named.items():
+        if value is None:
+            raise TypeError(f"{name} must be a NumPy array, got NoneType")
+    named |= dict(bias=bias, out_offsets=out_offsets, hidden_weight=hidden_weight, hidden_bias=hidden_bias)
+    if not isinstance(activation, str):
+        raise TypeError(f"activation must be a string, got {activation!r}")
+    return [*(_maybe(name, value) for name, value in named.items()), activation]
+
+
+def _maybe(name: str, value: np.ndarray | None) -> np.ndarray | None:
+    """A contiguous array, if there is one."""
+    if value is not None and not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type(value).__name__}")
+    return None if value is None else _contiguous([value])[0]
 
 
 def _rates(lr, shapes: list[tuple], layer_of: list[int], dtype: np.dtype) -> list[np.ndarray]:

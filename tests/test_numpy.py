@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtml_fast.ops import _library, mlp_adapt, mlp_adapt_mean, sgd_step
+from mtml_fast.ops import _library, heads, heads_loss, mlp_adapt, mlp_adapt_mean, sgd_step
 
 if _library.build_info() is None:
     pytest.skip(_library.native_status(), allow_module_level=True)
@@ -270,3 +270,52 @@ def test_mlp_adapt_bad_input(change, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         mfn.mlp_adapt(**call)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse", ["huber", "cross_entropy", "bce"]])
+def test_heads_in_the_same_bits_as_torch(dtype, loss):
+    rng = np.random.default_rng()
+    rows, widths = [5, 1, 30], [3, 2, 40]
+    offsets, out_offsets = np.cumsum([0, *rows]), np.cumsum([0, *widths])
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    call = dict(x=draw(36, 7), offsets=offsets, weight=draw(45, 6), bias=draw(45), out_offsets=out_offsets)
+    call |= dict(hidden_weight=draw(3, 6, 7), hidden_bias=draw(3, 6), activation="gelu")
+    labels = np.concatenate([rng.integers(0, c, n) for n, c in zip(rows, widths, strict=True)])
+    targets = rng.random(int(np.dot(rows, widths))).astype(dtype)
+    y = labels if loss == "cross_entropy" else targets if loss == "mse" else (labels, targets)
+    options = dict(mask=rng.random(36) < 0.8, class_weights=rng.random(45).astype(dtype), label_smoothing=0.1)
+    convert = lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else v  # noqa: E731
+    tensors = {name: convert(value) for name, value in call.items()}
+    np.testing.assert_array_equal(mfn.heads(**call), heads(**tensors).numpy(), strict=True)
+    mine = mfn.heads_loss(y=y, **call, **options, loss=loss, gradient=True)
+    leaves = {n: tensors[n].requires_grad_() for n in ("x", "weight", "bias", "hidden_weight", "hidden_bias")}
+    y = tuple(map(convert, y)) if isinstance(y, tuple) else convert(y)
+    losses = heads_loss(y=y, **tensors, **{n: convert(v) for n, v in options.items()}, loss=loss)
+    np.testing.assert_array_equal(mine.losses, losses.detach().numpy(), strict=True)
+    assert mine.gradients.keys() == leaves.keys()
+    for name, gradient in zip(leaves, torch.autograd.grad(losses.sum(), leaves.values()), strict=True):
+        np.testing.assert_array_equal(mine.gradients[name], gradient.numpy(), strict=True)
+    assert mfn.heads_loss(y=mine.losses[:0].astype(np.int64), **{**call, "x": call["x"][:0], "offsets": offsets * 0}
+                          ).losses.tolist() == [0, 0, 0]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        (dict(x=[1]), TypeError, "x must be a NumPy array, got list"),
+        (dict(x=np.ones((3, 4), np.float16)), ValueError, "x must be float32 or float64"),
+        (dict(weight=np.ones((2, 5))), ValueError, "weight must be [sum of C_t, D=4], got shape [2, 5]"),
+        (dict(weight=np.ones((2, 4), np.float32)), ValueError, "weight must have the dtype of x"),
+        (dict(offsets=np.array([0, 4, 3])), ValueError, "offsets must not decrease, got 4 then 3 at task 1"),
+        (dict(y=np.array([0, 1, 0])), ValueError, "y must be in 0..0 in row 1, got 1"),
+        (dict(y=np.zeros(2, np.int64)), ValueError, "y must be [3], got shape [2]"),
+        (dict(loss="hinge"), ValueError, "loss must be one of 'cross_entropy'"),
+        (dict(mask=np.ones(2, bool)), ValueError, "mask must be bool [R=3]"),
+        (dict(label_smoothing=2.0), ValueError, "label_smoothing must be in 0..1, got 2"),
+    ],
+)
+def test_bad_heads(changed, error, text):
+    call = dict(x=np.ones((3, 4)), y=np.zeros(3, np.int64), offsets=np.array([0, 1, 3]), weight=np.ones((2, 4)))
+    with pytest.raises(error, match=re.escape(text)):
+        mfn.heads_loss(**{**call, **changed})

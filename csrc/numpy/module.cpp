@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "heads_check.h"
 #include "isa/choose.h"
 #include "mlp_adapt.h"
 #include "mlp_adapt_check.h"
@@ -175,6 +176,73 @@ std::vector<py::array> mlp_adapt(const std::vector<py::array>& params, const std
   return dtype == Dtype::kFloat32 ? mlp_adapt_of<float>(call, gradient) : mlp_adapt_of<double>(call, gradient);
 }
 
+// The outputs; or, with losses, the losses, and with `gradient` the gradients of their sum with respect to x and the
+// parameters that there are.
+template <class T>
+std::vector<py::array> heads_of(const HeadsInputs& call, const HeadsLossInputs* losses, bool gradient) {
+  const HeadsSetup<T> setup(call);
+  std::vector<py::array> made;
+  auto room = [&](const Shape& shape) {
+    py::array_t<T> x(std::vector<py::ssize_t>(shape.sizes, shape.sizes + shape.dim));
+    made.push_back(x);
+    return x.mutable_data();
+  };
+  const int64_t size = losses ? setup.batch().tasks : setup.num_outputs();
+  T* const results = room({&size, 1});
+  if (!losses) {
+    py::gil_scoped_release release;
+    heads_forward(setup.batch(), results, Threads());
+    return made;
+  }
+  const HeadsTargets<T> targets = setup.targets(*losses);
+  HeadTensors<T> to{};
+  if (gradient) {
+    to.x = room(call.x.shape);
+    to.weight = room(call.weight.shape);
+    if (call.bias) to.bias = room(call.bias->shape);
+    if (call.hidden_weight) to.hidden_weight = room(call.hidden_weight->shape);
+    if (call.hidden_bias) to.hidden_bias = room(call.hidden_bias->shape);
+  }
+  py::gil_scoped_release release;
+  heads_loss<T>(setup.batch(), targets, results, nullptr, to, Threads());
+  return made;
+}
+
+HeadsInputs heads_inputs(const py::array& x, const py::array& offsets, const py::array& weight,
+                         const std::optional<py::array>& bias, const std::optional<py::array>& out_offsets,
+                         const std::optional<py::array>& hidden_weight, const std::optional<py::array>& hidden_bias,
+                         const std::string& activation) {
+  HeadsInputs call{array(x),           array(offsets),       array(weight),      array(bias),
+                   array(out_offsets), array(hidden_weight), array(hidden_bias), activation};
+  MTML_CHECK(call.x.dtype == Dtype::kFloat32 || call.x.dtype == Dtype::kFloat64, "x must be float32 or float64");
+  return call;
+}
+
+std::vector<py::array> heads(const py::array& x, const py::array& offsets, const py::array& weight,
+                             const std::optional<py::array>& bias, const std::optional<py::array>& out_offsets,
+                             const std::optional<py::array>& hidden_weight, const std::optional<py::array>& hidden_bias,
+                             const std::string& activation) {
+  const HeadsInputs call = heads_inputs(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation);
+  return call.x.dtype == Dtype::kFloat32 ? heads_of<float>(call, nullptr, false)
+                                         : heads_of<double>(call, nullptr, false);
+}
+
+std::vector<py::array> heads_losses(const py::array& x, const std::optional<py::array>& labels,
+                                    const std::optional<py::array>& targets, const py::array& offsets,
+                                    const py::array& weight, const std::optional<py::array>& bias,
+                                    const std::optional<py::array>& out_offsets,
+                                    const std::optional<py::array>& hidden_weight,
+                                    const std::optional<py::array>& hidden_bias,
+                                    const std::optional<py::array>& class_weights, const std::optional<py::array>& mask,
+                                    const std::string& activation, const std::vector<int64_t>& losses,
+                                    double label_smoothing, int64_t ignore_index, double delta, bool gradient) {
+  const HeadsInputs call = heads_inputs(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation);
+  const HeadsLossInputs with{array(labels), array(targets),  array(class_weights), array(mask),
+                             losses,        label_smoothing, ignore_index,         delta};
+  return call.x.dtype == Dtype::kFloat32 ? heads_of<float>(call, &with, gradient)
+                                         : heads_of<double>(call, &with, gradient);
+}
+
 py::dict cpu_features() {
   py::dict result;
   result["runnable"] = isas_runnable();
@@ -194,6 +262,8 @@ PYBIND11_MODULE(_numpy, m) {
   def(&mtml::sgd_step<float>);
   def(&mtml::sgd_step<double>);
   m.def("mlp_adapt", &mtml::mlp_adapt, "Arguments as of the operator, then whether the gradient is wanted.");
+  m.def("heads", &mtml::heads, "Arguments as of the operator.");
+  m.def("heads_loss", &mtml::heads_losses, "Arguments as of the operator, then whether the gradients are wanted.");
   m.def(
       "build_info", [] { return std::string(mtml_fast_build_info()); },
       "JSON: version, compiler, instruction sets built, instruction set in use.");

@@ -132,27 +132,34 @@ class TaskHeads(nn.Module):
     def task_losses(
         self,
         rows: TaskRows,
-        loss: str = "cross_entropy",
+        loss: str | Sequence[str] = "cross_entropy",
         *,
         tasks: Sequence[int] | None = None,
-        y: Tensor | None = None,
+        y: Tensor | tuple[Tensor, Tensor] | None = None,
+        **options,
     ) -> Tensor:
         """Each task's mean loss `[T]`, computed together with the outputs.
 
         Args:
             rows, tasks: as for `forward`.
-            loss: cross_entropy (`y` int64 `[R]`), mse or bce (`y` like the outputs).
-            y: the targets, if not `rows.y`; flattened `[sum of R_t * O_t]` where the heads have different widths.
+            loss: cross_entropy (`y` int64 `[R]`), mse, bce or huber (`y` like the outputs); or one of these a task.
+            y: the targets, if not `rows.y`; flattened `[sum of R_t * O_t]` where the heads have different widths; the
+                pair `(classes, targets)` where cross_entropy and other losses are mixed.
+            options: mask, label_smoothing, ignore_index, class_weights, delta, as for `mtml_fast.ops.heads_loss`.
         """
         y = rows.y if y is None else y
         if y is None:
             raise ValueError("rows.y must hold the targets, got None")
         x, offsets = self._packed(rows, tasks)
-        return heads_loss(x, y.flatten(), offsets, **self._parameters_of(tasks), activation=self.activation, loss=loss)
+        y = y.flatten() if isinstance(y, Tensor) else tuple(part.flatten() for part in y)
+        if isinstance(mask := options.get("mask"), Tensor):
+            options = options | {"mask": mask.flatten()}
+        parameters = self._parameters_of(tasks)
+        return heads_loss(x, y, offsets, **parameters, activation=self.activation, loss=loss, **options)
 
-    def loss(self, rows: TaskRows, loss: str = "cross_entropy") -> Tensor:
-        """The sum over the tasks of each task's mean loss."""
-        return self.task_losses(rows, loss).sum()
+    def loss(self, rows: TaskRows, loss: str | Sequence[str] = "cross_entropy", **options) -> Tensor:
+        """The sum over the tasks of each task's mean loss; options as for `task_losses`."""
+        return self.task_losses(rows, loss, **options).sum()
 
     def head(self, t: int) -> nn.Module:
         """A copy of head t as an ordinary module: nn.Linear, or nn.Sequential(Linear, activation, Linear)."""

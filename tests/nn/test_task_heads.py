@@ -90,6 +90,20 @@ def test_loss_is_the_sum_of_the_task_losses():
     torch.testing.assert_close(head.loss(rows), head.task_losses(rows).sum())
 
 
+def test_options_of_the_losses_reach_the_operator():
+    head = TaskHeads(4, [2, 3])
+    rows = TaskRows(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), offsets=torch.tensor([0, 2, 5]))
+    mask = torch.tensor([True, False, True, True, False])
+    (first, second), (a, b) = head.outputs(rows), rows.y.split([2, 3])
+    smooth = dict(label_smoothing=0.1)
+    expected = F.cross_entropy(first[:1], a[:1], **smooth) + F.cross_entropy(second[:2], b[:2], **smooth)
+    torch.testing.assert_close(head.loss(rows, mask=mask, **smooth), expected)
+    targets = torch.randn(2 * 2 + 3 * 3)
+    losses = head.task_losses(rows, ["cross_entropy", "huber"], y=(rows.y, targets))
+    torch.testing.assert_close(losses[0], F.cross_entropy(first, a))
+    torch.testing.assert_close(losses[1], F.huber_loss(second.flatten(), targets[4:]))
+
+
 def test_values_are_drawn_as_nn_linear_draws_them():
     torch.manual_seed(0)
     head = TaskHeads(25, [2000, 2000], hidden=64)

@@ -1,9 +1,11 @@
 """heads: the battery."""
 
+import re
+
 import pytest
 import torch
 
-from mtml_fast.ops import OPERATORS, heads
+from mtml_fast.ops import OPERATORS, backend, heads
 from mtml_fast.testing import BadInput, Case, op_battery
 
 
@@ -103,3 +105,109 @@ def outputs_per_task(results, arguments):
 )
 def test_battery(check):
     check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_double_backward(case, dtype):
+    """The reverse of the backward pass against the reference in float64, in the same bits on any number of threads."""
+    seed = torch.seed() % 2**31
+    print(f"seed {seed}")
+    operator = OPERATORS["heads"]
+    draws = torch.Generator().manual_seed(seed)
+    call = case.make(dtype, draws)
+    values = [call.get(name, "relu" if kind == "str" else None) for kind, name in operator.arguments]
+    inputs = [call[n] for n in operator.differentiable if call.get(n) is not None]
+    outputs = operator.forward(*values)
+    q = torch.randn(outputs.shape, generator=draws, dtype=torch.float64)
+    first = [torch.randn(t.shape, generator=draws, dtype=torch.float64) for t in inputs]
+
+    def run(kind, implementation):
+        to = lambda t: t.to(kind) if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
+        exact = [to(v) for v in values]
+        needs = [True] * len(inputs)
+        return implementation([to(g) for g in first], [to(q)], *exact, needs, [True, *needs])
+
+    def by_reference(grad_results, grad_outputs, *rest):
+        *arguments, _, _ = rest
+        places = [i for i, (_, name) in enumerate(operator.arguments) if name in operator.differentiable]
+        places = [i for i in places if arguments[i] is not None]
+        leaves = [grad_outputs[0], *(arguments[i] for i in places)]
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        for i, leaf in zip(places, leaves[1:], strict=True):
+            arguments[i] = leaf
+        results = torch.autograd.grad(operator.reference(*arguments), leaves[1:], leaves[0], create_graph=True)
+        return torch.autograd.grad(results, leaves, grad_results, allow_unused=True, materialize_grads=True)
+
+    exact, eager, mine = (
+        run(torch.float64, by_reference),
+        run(dtype, by_reference),
+        run(dtype, operator.double_backward),
+    )
+    for i, (a, b, c) in enumerate(zip(mine, eager, exact, strict=True)):
+        # a few roundings more than eager's, whose own error may be small by chance
+        slack = 32 * torch.finfo(dtype).eps * (c.abs().max() if c.numel() else 0)
+        assert (a.double() - c).abs().le(2 * (b.double() - c).abs().amax() + slack).all() if c.numel() else True, i
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads % 2 + 1)
+        again = run(dtype, operator.double_backward)
+    finally:
+        torch.set_num_threads(threads)
+    if operator.served_by("cpu") == "native":
+        assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+
+
+@pytest.mark.parametrize("rows", [[70_000], [3, 9_000, 0, 2]])
+def test_a_task_of_many_rows(rows):
+    """Its rows are divided among threads; the sums do not depend on how many there are."""
+    call = make(rows, 3, 5, hidden=4)(torch.float64, torch.Generator().manual_seed(0))
+    leaves = [call[n].requires_grad_() for n in ("x", "weight", "bias", "hidden_weight", "hidden_bias")]
+    q = torch.randn(3 * sum(rows), dtype=torch.float64)
+    with backend("reference"):
+        exact = torch.autograd.grad(heads(**call), leaves, q)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            with backend("operator"):
+                found.append(torch.autograd.grad(heads(**call), leaves, q))
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(found[0], exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    if OPERATORS["heads"].served_by("cpu") == "native":
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("widths", [3, [2, 3, 1]], ids=["equal", "ragged"])
+@pytest.mark.parametrize("hidden", [None, 4])
+def test_unsorted_rows(widths, hidden):
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    index = torch.randint(0, 3, (20,), generator=generator)
+    rows = torch.bincount(index, minlength=3).tolist()
+    call = make(rows, [3] * 3 if widths == 3 else widths, 5, hidden=hidden)(torch.float64, generator)
+    order = index.argsort(stable=True)
+    x = torch.empty_like(call["x"]).index_copy(0, order, call["x"]).requires_grad_()
+    found = heads(**{**call, "x": x, "offsets": None}, task_index=index)
+    expected = heads(**call)
+    if widths == 3:
+        expected = torch.empty(20, 3, dtype=torch.float64).index_copy(0, order, expected.view(20, 3)).flatten()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda x: heads(**{**call, "x": x, "offsets": None}, task_index=index), x)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "text"),
+    [
+        (dict(offsets=torch.tensor([0, 2])), ValueError, "offsets must be None"),
+        (dict(task_index=torch.zeros(2)), TypeError, "task_index must be int64, got torch.float32"),
+        (dict(task_index=torch.tensor([0, 1, 0])), ValueError, "task_index must be [R=2], got shape [3]"),
+        (dict(task_index=torch.tensor([0, 3])), ValueError, "task_index must be in 0..2, got 3"),
+        (dict(out_offsets=None), ValueError, "out_offsets must be given with task_index"),
+    ],
+)
+def test_bad_task_index(changed, error, text):
+    call = dict(x=torch.ones(2, 4), offsets=None, weight=torch.ones(3, 4), out_offsets=torch.arange(4))
+    with pytest.raises(error, match=re.escape(text)):
+        heads(**{**call, "task_index": torch.tensor([0, 2]), **changed})

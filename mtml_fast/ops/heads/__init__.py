@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.ops._define import define_op
-from mtml_fast.ops._heads import checked_heads
+from mtml_fast.ops._heads import checked_heads, equal_width, sorted_by_task
 from mtml_fast.ops.heads import reference
 
 
@@ -30,7 +30,7 @@ OPERATOR = define_op(
 
 def heads(
     x: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     out_offsets: Tensor | None = None,
@@ -38,6 +38,7 @@ def heads(
     hidden_weight: Tensor | None = None,
     hidden_bias: Tensor | None = None,
     activation: str = "relu",
+    task_index: Tensor | None = None,
 ) -> Tensor:
     r"""Every task's rows through the task's own head.
 
@@ -55,10 +56,13 @@ def heads(
         hidden_weight: V, `[T, H, D]`.
         hidden_bias: c, `[T, H]`.
         activation: relu, tanh, gelu, gelu_tanh, silu, elu, leaky_relu, sigmoid, softplus or identity.
+        task_index: int64 `[R]`, the task of each row, for rows in any order; `offsets` is `None` then, and
+            `out_offsets` or `hidden_weight` tells how many tasks there are.
 
     Returns:
         Task after task its outputs `[R_t, C_t]`, flattened to `[sum of R_t * C_t]`: for equal widths
-        `.view(R, C)` gives one row an input row.
+        `.view(R, C)` gives one row an input row. With `task_index` they are in the rows' own order where all tasks
+        have equally many outputs; else task after task, each task's rows as they come.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
@@ -72,4 +76,13 @@ def heads(
         >>> heads(x, offsets, weight).view(3, 1).tolist()
         [[1.0], [20.0], [30.0]]
     """
-    return OPERATOR(*checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation))
+    if task_index is None:
+        return OPERATOR(*checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation))
+    order, offsets = sorted_by_task(task_index, x, offsets, weight, out_offsets, hidden_weight)
+    x = x.index_select(0, order)
+    packed = OPERATOR(*checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation))
+    width = equal_width(weight, out_offsets, offsets.numel() - 1)
+    if width is None:
+        return packed
+    back = torch.empty_like(order).index_copy(0, order, torch.arange(order.numel(), device=order.device))
+    return packed.view(-1, width).index_select(0, back).flatten() if width else packed

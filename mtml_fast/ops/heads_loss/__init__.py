@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtml_fast.ops import _check
 from mtml_fast.ops._define import define_op
-from mtml_fast.ops._heads import checked_heads
+from mtml_fast.ops._heads import checked_heads, equal_width, sorted_by_task
 from mtml_fast.ops.heads_loss import eager, reference
 from mtml_fast.ops.heads_loss.reference import HEAD_LOSSES
 
@@ -25,7 +25,7 @@ OPERATOR = define_op(
 def heads_loss(
     x: Tensor,
     y: Tensor | tuple[Tensor, Tensor],
-    offsets: Tensor,
+    offsets: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     out_offsets: Tensor | None = None,
@@ -39,6 +39,7 @@ def heads_loss(
     ignore_index: int = -100,
     class_weights: Tensor | None = None,
     delta: float = 1.0,
+    task_index: Tensor | None = None,
 ) -> Tensor:
     r"""Each task's mean loss over its own rows and outputs.
 
@@ -46,7 +47,7 @@ def heads_loss(
         L_t = \frac{1}{R_t} \sum_{r \in t} \ell_t(z_{t,r}, y_r)
 
     Args:
-        x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation: as for `heads`.
+        x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation, task_index: as for `heads`.
         y: for cross_entropy int64 classes `[R]` in 0..C_t - 1; for other losses float targets, packed as the outputs
             of `heads` are, `[sum of R_t * C_t]`, or `[R, C]` for equal widths. Where tasks of both kinds are mixed,
             the pair `(classes, targets)`: each is read where the task's loss asks for it, and may hold anything
@@ -58,6 +59,9 @@ def heads_loss(
         label_smoothing, ignore_index, class_weights: of cross_entropy, as for `torch.nn.functional.cross_entropy`;
             the weights packed, `[sum of C_t]`. The mean is that over the weights of the rows' classes.
         delta: of huber, the error from which on it grows linearly.
+
+    With `task_index`, classes and row masks are in the order of the rows; targets and masks of outputs are packed as
+    `heads` returns its outputs.
 
     Returns:
         `[T]`; zero for a task without rows that count.
@@ -76,11 +80,18 @@ def heads_loss(
         >>> heads_loss(x, torch.zeros(3), offsets, weight, loss=["huber", "mse"])
         tensor([5.0000e-01, 6.5000e+02])
     """
+    order = None
+    if task_index is not None:
+        order, offsets = sorted_by_task(task_index, x, offsets, weight, out_offsets, hidden_weight)
+        x = x.index_select(0, order)
     arguments = checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
     losses = _places(loss, offsets.numel() - 1)
     labels, targets = _labels_and_targets(y, x, offsets, weight, out_offsets, losses)
     if mask is not None:
         mask = _checked_mask(mask, x, offsets, weight, out_offsets, losses)
+    if order is not None:
+        width = equal_width(weight, out_offsets, offsets.numel() - 1)
+        labels, targets, mask = (_in_order(values, order, width) for values in (labels, targets, mask))
     _check.number("label_smoothing", label_smoothing, low=0.0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be at most 1, got {label_smoothing!r}")
@@ -160,6 +171,13 @@ def _checked_mask(mask, x, offsets, weight, out_offsets, losses) -> Tensor:
     elif list(mask.shape) != [x.shape[0]]:
         mask = _like_outputs("mask", mask, x, offsets, weight, out_offsets)
     return mask
+
+
+def _in_order(values: Tensor | None, order: Tensor, width: int | None) -> Tensor | None:
+    """Values of rows, or of outputs of rows with equally many of them, in another order of the rows."""
+    if values is None or values.numel() == order.numel():
+        return None if values is None else values[order]
+    return values.view(-1, width)[order].flatten() if width else values
 
 
 def _outputs(offsets: Tensor, out_offsets: Tensor) -> int:

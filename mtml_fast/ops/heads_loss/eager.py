@@ -33,8 +33,7 @@ LIB.define(
     f"_heads_loss_scale(Tensor(a!)[] gradients, Tensor d_losses, Tensor x, {_HEADS}, str activation, bool[] needs)"
     " -> ()"
 )
-_GRADIENTS = torch.ops.mtml_fast._heads_loss_gradients.default
-_SCALE = torch.ops.mtml_fast._heads_loss_scale.default
+_GRADIENTS, _SCALE = (getattr(torch.ops.mtml_fast, f"_heads_loss_{name}").default for name in ("gradients", "scale"))
 
 NATIVE = has_kernel("mtml_fast::_heads_loss_gradients", "cpu")
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -100,7 +99,7 @@ def _packed_losses(
     """Each task's mean loss from the outputs of heads, packed as they are."""
     counts, widths = offsets.diff(), out_offsets.diff()
     tasks, rows = counts.numel(), int(offsets[-1])
-    losses = torch.tensor(losses).expand(tasks)
+    loss_of = torch.tensor(losses).expand(tasks)
     task_of_row = torch.arange(tasks).repeat_interleave(counts)
     width_of_row = widths[task_of_row]
     row_of = torch.arange(rows).repeat_interleave(width_of_row)  # of each output
@@ -110,7 +109,7 @@ def _packed_losses(
     output_counts = row_counts[row_of] if mask is None or mask.numel() == rows else mask
 
     if labels is not None:
-        row_counts = row_counts & (labels != ignore_index) & (losses[task_of_row] == 0)
+        row_counts = row_counts & (labels != ignore_index) & (loss_of[task_of_row] == 0)
         at = row_counts[row_of].nonzero().squeeze(1)
         # from here on among the rows that count: of each output, and of each row
         row = (row_counts.cumsum(0) - 1)[row_of[at]]
@@ -131,8 +130,8 @@ def _packed_losses(
         total, count = total.index_add(0, task, values), count.index_add(0, task, weights)
     if targets is not None:
         task_of = task_of_row[row_of]
-        for place in set(losses.tolist()) - {0}:
-            at = (output_counts & (losses[task_of] == place)).nonzero().squeeze(1)
+        for place in set(losses) - {0}:
+            at = (output_counts & (loss_of[task_of] == place)).nonzero().squeeze(1)
             values = _OUTPUT_LOSSES[HEAD_LOSSES[place]](z[at], targets[at], delta)
             total = total.index_add(0, task_of[at], values)
             count = count.index_add(0, task_of[at], torch.ones_like(targets[at]))

@@ -50,8 +50,8 @@ def heads_loss(
         class_weights = pad(class_weights, offsets_of_classes)[0]  # [T, C]
     kinds = losses if len(losses) == tasks else [*losses] * tasks
     result = outputs.new_zeros(tasks)
-    for kind in set(kinds):
-        which = torch.tensor([t for t in range(tasks) if kinds[t] == kind], device=x.device)
+    for kind in set(losses):
+        which = torch.tensor([t for t in range(tasks) if kinds[t] == kind], dtype=torch.int64, device=x.device)
         if HEAD_LOSSES[kind] == "cross_entropy":
             values = cross_entropy(
                 outputs[which],
