@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 import mtml_fast as mf
-from benchmarks.peers import INNER_PEERS, Build
+from benchmarks.peers import HEADS_PEERS, INNER_PEERS, Build
+from benchmarks.peers.heads import Heads, bmm
 from mtml_fast.cli import meta_step
 from mtml_fast.cli.meta_step import MetaStep
 from mtml_fast.cli.timing import Provider
-from mtml_fast.ops import sgd_step
+from mtml_fast.ops import heads_loss, sgd_step
 from mtml_fast.ops.sgd_step.reference import sgd_step as eager_sgd_step
 from mtml_fast.tasks import TaskBatch, TaskRows
 
-SUITES = ("inner", "sgd_step")
+SUITES = ("inner", "heads", "sgd_step")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Workload:
 
 def workloads(suite: str = "all") -> list[Workload]:
     chosen = SUITES if suite == "all" else (suite,)
-    return [w for name in chosen for w in {"inner": _inner, "sgd_step": _sgd_steps}[name]()]
+    return [w for name in chosen for w in {"inner": _inner, "heads": _heads, "sgd_step": _sgd_steps}[name]()]
 
 
 # the inner loop: forward, and backward to all parameters
@@ -122,6 +123,62 @@ def _ragged(steps: int) -> MetaStep:
 
     batch = TaskBatch(rows(shots), rows(torch.full((32,), 5)))
     return MetaStep(meta_step.model([64, 64, 20]), batch, 0.1, steps, "cross_entropy")
+
+
+# per-task heads: losses, and their gradients for rows and heads
+
+
+def _heads():
+    for tasks in (10, 100, 1000):
+        for unsorted in (False, True):
+            yield _heads_of(tasks, 32, 5, unsorted)
+    for outputs in (1, 5, 100, 1000):
+        yield _heads_of(100, None, outputs, False)
+
+
+def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows: int = 4096, width: int = 64):
+    draws = torch.Generator().manual_seed(0)
+    task_index = torch.randint(0, tasks, (rows,), generator=draws)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(task_index, minlength=tasks).cumsum(0)])
+    draw = lambda *shape: torch.randn(shape, generator=draws) / shape[-1] ** 0.5  # noqa: E731
+    x, y = torch.randn(rows, width, generator=draws), torch.randint(0, outputs, (rows,), generator=draws)
+    parameters = [draw(tasks, outputs, hidden or width), draw(tasks, outputs)]
+    parameters += [draw(tasks, hidden, width), draw(tasks, hidden)] if hidden else []
+
+    def problem(dtype) -> Heads:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, *parameters)]
+        leaves += [None] * (5 - len(leaves))
+        return Heads(leaves[0], y, offsets, task_index if unsorted else None, *leaves[1:])
+
+    float32 = problem(torch.float32)
+
+    def ours():
+        p = float32
+        return heads_loss(
+            p.x,
+            p.y,
+            p.offsets if p.task_index is None else None,
+            p.weight.flatten(0, 1),
+            p.bias.flatten(),
+            torch.arange(tasks + 1) * outputs,
+            hidden_weight=p.hidden_weight,
+            hidden_bias=p.hidden_bias,
+            task_index=p.task_index,
+        )
+
+    inner = hidden or 0
+    operations = 6 * rows * (width * inner + (hidden or width) * outputs)
+    return Workload(
+        "heads",
+        "heads_loss",
+        f"T={tasks} {width}-{f'{hidden}-' if hidden else ''}{outputs} R={rows}" + " unsorted" * unsorted,
+        "full",
+        {"mtml_fast": lambda _: Provider(float32.gradients(ours))},
+        {name: lambda settings, build=build: build(float32, settings) for name, build in HEADS_PEERS.items()},
+        lambda: bmm(problem(torch.float64), None).call(),
+        bmm(float32, None).call,
+        operations,
+    )
 
 
 # one step on a whole parameter tree

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import mtml_fast
-from benchmarks.peers import INNER_PEERS, Settings, Unavailable
+from benchmarks.peers import HEADS_PEERS, INNER_PEERS, Settings, Unavailable
 from benchmarks.registry import SUITES, Workload, workloads
 from benchmarks.verify import gate
 from mtml_fast.cli.timing import Provider, measure, peak, quantile
@@ -64,7 +64,9 @@ def _options(arguments):
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="workloads with this in their name")
-    parser.add_argument("--peers", type=_names, help=f"some of eager, {', '.join(INNER_PEERS)}; none for ours alone")
+    parser.add_argument(
+        "--peers", type=_names, help=f"some of eager, {', '.join({**INNER_PEERS, **HEADS_PEERS})}; none for ours alone"
+    )
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long for each provider")
     parser.add_argument("--compile-limit", type=float, default=180.0, help="seconds that torch.compile may take")
     parser.add_argument("--jax", metavar="PYTHON", help="a Python that has JAX, else MTML_FAST_JAX_PYTHON")
@@ -72,9 +74,11 @@ def _options(arguments):
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads must be 1 or more, got {options.threads}")
-    unknown = {*(options.peers or [])} - {"eager", "none", *INNER_PEERS}
+    unknown = {*(options.peers or [])} - {"eager", "none", *INNER_PEERS, *HEADS_PEERS}
     if unknown:
-        parser.error(f"--peers must be some of eager, {', '.join(INNER_PEERS)}, got {min(unknown)!r}")
+        parser.error(
+            f"--peers must be some of eager, {', '.join({**INNER_PEERS, **HEADS_PEERS})}, got {min(unknown)!r}"
+        )
     return options
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mtml_fast.cli.timing import Provider
 
-__all__ = ["INNER_PEERS", "Build", "Settings", "Unavailable"]
+__all__ = ["HEADS_PEERS", "INNER_PEERS", "Build", "Settings", "Unavailable"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 Build = Callable[[Settings], Provider]
 
 # below, since they use the names above
-from benchmarks.peers import eager, jax_jit, loops  # noqa: E402
+from benchmarks.peers import eager, heads, jax_jit, loops  # noqa: E402
 
 INNER_PEERS = {
     "bmm": eager.bmm,
@@ -39,4 +39,10 @@ INNER_PEERS = {
     "higher": loops.higher,
     "TorchOpt": loops.torchopt,
     "learn2learn": loops.learn2learn,
+}
+HEADS_PEERS = {
+    "loop": heads.loop,
+    "bmm": heads.bmm,
+    "vmap": heads.vmap,
+    "grouped_mm": heads.grouped_mm,
 }
