@@ -37,6 +37,14 @@ void for_each_parameter(const HeadsBatch<T>& b, const HeadTensors<V>& of_task, i
   f(of_task.hidden_bias, b.hidden);
 }
 
+// Asks for memory ahead of its use, where it is little.
+template <class V>
+void fetch(const V* values, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(V), kMost = (16 << 10) / sizeof(V);
+  if (!values || n > kMost) return;
+  for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(values + i);
+}
+
 // The parts of a batch, and the sums of those that share a task.
 template <class T>
 class Parts {
@@ -59,6 +67,7 @@ class Parts {
       Memory<T> scratch(scratch_size);
       for (int64_t i = begin; i < end; ++i) {
         const Part& part = parts_[i];
+        if (i + 1 < end) fetch_head(parts_[i + 1].task);
         const HeadCall<T> call = {part.end - part.begin, b_.features,   b_.hidden,
                                   outputs_of(part.task), b_.activation, of_part(b_, b_.in, part.task, part.begin)};
         f(i, part, core, call, part.sums < 0 ? of_part(b_, gradient_, part.task, part.begin) : sums_of(part), scratch);
@@ -79,6 +88,13 @@ class Parts {
   Memory<T> sums_;
 
   int64_t outputs_of(int64_t task) const { return b_.out_offsets[task + 1] - b_.out_offsets[task]; }
+
+  // A small head is read once and its gradient written once: memory is what it would wait for.
+  void fetch_head(int64_t task) const {
+    const auto ask = [](const auto* values, int64_t size) { fetch(values, size); };
+    for_each_parameter(b_, of_part(b_, b_.in, task, 0), outputs_of(task), ask);
+    for_each_parameter(b_, of_part(b_, gradient_, task, 0), outputs_of(task), ask);
+  }
 
   // lists the parts; the size of all their sums
   int64_t plan() {

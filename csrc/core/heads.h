@@ -52,14 +52,6 @@ int64_t head_block_rows(int64_t features, int64_t hidden, int64_t outputs, bool 
   return rows < 48 ? 48 : rows > 512 ? 512 : rows;
 }
 
-// Asks for memory that will be written once the rows are through: small heads wait for little else.
-template <class T>
-MTML_INLINE void fetch(int64_t elements, T* to) {
-  constexpr int64_t kMost = (int64_t{16} << 10) / sizeof(T), kLine = 64 / sizeof(T);
-  if (!to || elements > kMost) return;
-  for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(to + i, 1);
-}
-
 template <class T>
 constexpr int64_t panels(int64_t columns) {
   return (columns + kPanel<T> - 1) / kPanel<T>;
@@ -250,8 +242,6 @@ class HeadPass {
     V.set(call.in.hidden_weight, call.rows, true, to.x || everything);
     dW.set(to.weight, to.bias);
     dV.set(to.hidden_weight, to.hidden_bias);
-    fetch(C * (H ? H : D), to.weight);
-    fetch(H * D, to.hidden_weight);
   }
 
   bool wants_any() const { return to.x || to.weight || to.bias || wants_hidden(); }
