@@ -15,24 +15,6 @@
 
 namespace mtml {
 
-enum class Dtype { kFloat32, kFloat64, kInt64, kBool, kOther };
-
-inline int64_t size_of(const Shape& shape) {
-  int64_t n = 1;
-  for (int64_t axis = 0; axis < shape.dim; ++axis) n *= shape.sizes[axis];
-  return n;
-}
-
-// A contiguous array as a door hands it on.
-struct Array {
-  Shape shape;
-  Dtype dtype;
-  const void* data;
-
-  int64_t size() const { return size_of(shape); }
-  int64_t back() const { return shape.sizes[shape.dim - 1]; }
-};
-
 // The arguments of one call, as the operator's schema has them.
 struct MlpInputs {
   std::vector<Array> params, lr;

@@ -1,6 +1,6 @@
 // torch.ops.mtml_fast.heads, heads_backward and heads_double_backward on the CPU; the maths is in core/heads.h, the
 // division of the work in heads.cpp.
-#include "cpu/tensors.h"
+#include "cpu/heads_call.h"
 
 namespace mtml {
 namespace {

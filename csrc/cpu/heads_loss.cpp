@@ -1,6 +1,6 @@
 // torch.ops.mtml_fast.heads_loss and heads_loss_backward on the CPU, and, with an underscore, the losses together with
 // their gradients, without autograd; the maths is in core/heads_loss.h.
-#include "cpu/tensors.h"
+#include "cpu/heads_call.h"
 
 namespace mtml {
 namespace {

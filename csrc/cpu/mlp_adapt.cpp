@@ -4,76 +4,28 @@
 // 0.1 us and more, which small networks notice.
 #include "mlp_adapt.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/tensors.h"
 #include "mlp_adapt_check.h"
-
-namespace mtml {
-
-// A str of the schema: std::string's own conversion, in torch up to 2.13, never frees the copy that it makes.
-struct Name {
-  std::string text;
-  operator const std::string&() const { return text; }
-};
-
-}  // namespace mtml
-
-template <>
-struct torch::stable::detail::ToImpl<mtml::Name> {
-  static mtml::Name call(StableIValue value, uint64_t, bool) {
-    const StringHandle handle = to<StringHandle>(value);
-    size_t length;
-    const char* text;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-    mtml::Name result{std::string(text, length)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-    return result;
-  }
-};
 
 namespace mtml {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
 // The operator's arguments, which every function of this file takes.
-#define MLP_ADAPT_PARAMETERS                                                                                          \
-  const Tensors &params, const Tensors &lr, const Tensor &support_x, const Tensor &support_y, const Tensor &query_x,  \
-      const std::optional<Tensor>&query_y, const std::optional<Tensor>&support_offsets,                               \
-      const std::optional<Tensor>&query_offsets, const std::optional<Tensor>&class_mask,                              \
-      const std::vector<bool>&adapted, int64_t steps, const Name &loss, const Name &activation, bool bias, bool norm, \
-      double norm_eps, double momentum, double weight_decay, std::optional<double> clip, bool first_order,            \
-      bool every_step, bool return_parameters
+#define MLP_ADAPT_PARAMETERS                                                                                         \
+  const Tensors &params, const Tensors &lr, const Tensor &support_x, const Tensor &support_y, const Tensor &query_x, \
+      const MaybeTensor &query_y, const MaybeTensor &support_offsets, const MaybeTensor &query_offsets,              \
+      const MaybeTensor &class_mask, const std::vector<bool>&adapted, int64_t steps, const Text &loss,               \
+      const Text &activation, bool bias, bool norm, double norm_eps, double momentum, double weight_decay,           \
+      std::optional<double> clip, bool first_order, bool every_step, bool return_parameters
 #define MLP_ADAPT_ARGUMENTS                                                                                       \
   params, lr, support_x, support_y, query_x, query_y, support_offsets, query_offsets, class_mask, adapted, steps, \
       loss, activation, bias, norm, norm_eps, momentum, weight_decay, clip, first_order, every_step, return_parameters
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    case ScalarType::Long:
-      return Dtype::kInt64;
-    case ScalarType::Bool:
-      return Dtype::kBool;
-    default:
-      return Dtype::kOther;
-  }
-}
 
 // What the operators without autograd take besides tensors: float64 numbers, read one after the other.
 class Numbers {
@@ -140,19 +92,17 @@ class Call : public MlpInputs {
                   momentum,   weight_decay,
                   clip,       first_order,
                   every_step, return_parameters} {
-    // a copy must not move once an array points to it
-    copies_.reserve(params.size() + lr.size() + 7);
     this->params.reserve(params.size());
-    for (const Tensor& x : params) this->params.push_back(array(x));
+    for (const Tensor& x : params) this->params.push_back(arrays_(x));
     this->lr.reserve(lr.size());
-    for (const Tensor& x : lr) this->lr.push_back(array(x));
-    this->support_x = array(support_x);
-    this->support_y = array(support_y);
-    this->query_x = array(query_x);
-    if (query_y) this->query_y = array(*query_y);
-    if (support_offsets) this->support_offsets = array(*support_offsets);
-    if (query_offsets) this->query_offsets = array(*query_offsets);
-    if (class_mask) this->class_mask = array(*class_mask);
+    for (const Tensor& x : lr) this->lr.push_back(arrays_(x));
+    this->support_x = arrays_(support_x);
+    this->support_y = arrays_(support_y);
+    this->query_x = arrays_(query_x);
+    this->query_y = arrays_(query_y);
+    this->support_offsets = arrays_(support_offsets);
+    this->query_offsets = arrays_(query_offsets);
+    this->class_mask = arrays_(class_mask);
     check_params();
   }
 
@@ -184,35 +134,24 @@ class Call : public MlpInputs {
     const int64_t num_rates = static_cast<int64_t>(needs.size()) - num_params - 2;
     MTML_CHECK(num_params >= 0 && num_rates >= 0 && tensors.size() == needs.size() + others,
                "mlp_adapt: tensors must be as many as settings say, got ", tensors.size());
-    copies_.reserve(tensors.size());
     auto tensor = tensors.begin();
     params.reserve(num_params);
-    for (int64_t i = 0; i < num_params; ++i) params.push_back(array(*tensor++));
+    for (int64_t i = 0; i < num_params; ++i) params.push_back(arrays_(*tensor++));
     lr.reserve(num_rates);
-    for (int64_t i = 0; i < num_rates; ++i) lr.push_back(array(*tensor++));
-    support_x = array(*tensor++);
-    query_x = array(*tensor++);
-    support_y = array(*tensor++);
+    for (int64_t i = 0; i < num_rates; ++i) lr.push_back(arrays_(*tensor++));
+    support_x = arrays_(*tensor++);
+    query_x = arrays_(*tensor++);
+    support_y = arrays_(*tensor++);
     for (size_t i = 0; i < 4; ++i) {
-      if (is_given[i]) *given[i] = array(*tensor++);
+      if (is_given[i]) *given[i] = arrays_(*tensor++);
     }
     check_params();
   }
 
   bool is_float() const { return params[0].dtype == Dtype::kFloat32; }
 
-  Array array(const Tensor& x) {
-    const Tensor* rows = &x;
-    if (!x.is_contiguous()) {
-      copies_.push_back(torch::stable::contiguous(x));
-      rows = &copies_.back();
-    }
-    const auto sizes = rows->sizes();
-    return {{sizes.data(), static_cast<int64_t>(sizes.size())}, dtype_of(*rows), rows->const_data_ptr()};
-  }
-
  private:
-  Tensors copies_;
+  Arrays arrays_;
 
   void check_params() const {
     MTML_CHECK(!params.empty(), "mlp_adapt: params must hold at least one layer, got none");
@@ -220,40 +159,6 @@ class Call : public MlpInputs {
     MTML_CHECK(dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64, "mlp_adapt: params must be float32 or float64");
   }
 };
-
-// torch's own threads; within one of its regions the caller is alone
-Threads threads() {
-  return {torch::stable::get_num_threads(), [](int64_t copies, const std::function<void()>& work) {
-            torch::stable::parallel_for(0, copies, 1, [&](int64_t, int64_t) { work(); });
-          }};
-}
-
-// By the C interface: the dispatcher would cost a microsecond more for each.
-Tensor empty(const Shape& shape, int32_t dtype) {
-  constexpr int64_t kAxes = 8;
-  int64_t strides[kAxes];
-  MTML_CHECK(shape.dim <= kAxes, "mlp_adapt: at most ", kAxes, " axes, got shape ", shape);
-  int64_t stride = 1;
-  for (int64_t axis = shape.dim - 1; axis >= 0; --axis) {
-    strides[axis] = stride;
-    stride *= std::max<int64_t>(1, shape.sizes[axis]);
-  }
-  AtenTensorHandle handle;
-  const auto error =
-      aoti_torch_empty_strided(shape.dim, shape.sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle);
-  if (error != AOTI_TORCH_SUCCESS) throw NoMemory(message("a tensor of shape ", shape));
-  return Tensor(handle);
-}
-
-template <class T>
-Tensor empty(const Shape& shape) {
-  return empty(shape, sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 Shape shape_of(const std::vector<int64_t>& sizes) { return {sizes.data(), static_cast<int64_t>(sizes.size())}; }
 
