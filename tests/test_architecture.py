@@ -160,9 +160,9 @@ CSRC = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp"
 INCLUDES = {
     "core": r"<\w+>|\"core/",
     "isa": r"<\w+>|\"(core|isa)/",
-    "cpu": r"<\w+>|\"(core|isa|\w*check|mlp_adapt\.h|heads\.h|cpu/)|<torch/(csrc/stable|headeronly)/",
+    "cpu": r"<\w+>|\"(core|isa|\w*check|(mlp_adapt|heads|gradients)\.h|cpu/)|<torch/(csrc/stable|headeronly)/",
     "cuda": r"<\w+>|\"(core|cuda|\w*check)|<torch/(csrc/stable|headeronly)/|<cuda",
-    "numpy": r"<\w+>|\"(core|isa|\w*check|mlp_adapt\.h|heads\.h|build_info)|<pybind11/",
+    "numpy": r"<\w+>|\"(core|isa|\w*check|(mlp_adapt|heads|gradients)\.h|build_info)|<pybind11/",
 }
 
 

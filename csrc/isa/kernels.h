@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/gradient_args.h"
 #include "core/heads_args.h"
 #include "core/mlp_adapt_plan.h"
 #include "core/sgd_step_args.h"
@@ -18,6 +19,8 @@ struct Kernels {
   MlpAdapt<double> mlp_adapt_f64;
   Heads<float> heads_f32;
   Heads<double> heads_f64;
+  Gradients<float> gradients_f32;
+  Gradients<double> gradients_f64;
 
   template <class T>
   const SgdStep<T>& sgd_step() const {
@@ -41,6 +44,14 @@ struct Kernels {
       return heads_f32;
     } else {
       return heads_f64;
+    }
+  }
+  template <class T>
+  const Gradients<T>& gradients() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return gradients_f32;
+    } else {
+      return gradients_f64;
     }
   }
 };

@@ -24,6 +24,8 @@ CASES = [
     Case("T0", make(0, SHAPES)),
     Case("T40-odd", make(40, [(31,), (63, 1), (1, 65)])),
     Case("T3-wide", make(3, [(17, 2003)])),
+    # more than one piece and one thread
+    Case("T6-threads", make(6, [(300, 1001), (7,)])),
     Case("empty-leaf", make(3, [(0, 4), (2,)])),
 ]
 
