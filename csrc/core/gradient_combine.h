@@ -35,6 +35,28 @@ void gradient_combine(const GradientLeaves<T>& g, int64_t begin, int64_t end, co
   });
 }
 
+// products[t] += <u, row t of g>, in double, for T rows
+template <class T>
+void add_products(int64_t tasks, int64_t n, const T* g, int64_t ld, const T* u, double* products) {
+  constexpr int64_t L = kLanes<double>, kBlock = 256;
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t columns = n - first < kBlock ? n - first : kBlock, whole = columns & -L;
+    for (int64_t t = 0; t < tasks; t += kDotsA) {
+      const int64_t rows = tasks - t < kDotsA ? tasks - t : kDotsA;
+      Vector<double> lanes[kDotsA];
+      kPairsTiles<T>[rows][1](whole, g + t* ld + first, u + first, ld, 0, lanes);
+      for (int64_t r = 0; r < rows; ++r) {
+        double total = 0;
+        for (int64_t l = 0; l < L; ++l) total += lanes[r][l];
+        for (int64_t i = first + whole; i < first + columns; ++i) {
+          total += static_cast<double>(g[(t + r) * ld + i]) * static_cast<double>(u[i]);
+        }
+        products[t + r] += total;
+      }
+    }
+  }
+}
+
 template <class T>
 void gradient_combine_backward(const GradientLeaves<T>& g, int64_t begin, int64_t end, const T* w, const T* const* u,
                                double* products) {
@@ -43,20 +65,14 @@ void gradient_combine_backward(const GradientLeaves<T>& g, int64_t begin, int64_
     const GradientLeaf<T>& leaf = g.leaves[l];
     const T* of_result = u[l] + first;
     const int64_t n = last - first;
-    for (int64_t t = 0; t < g.tasks; ++t) {
-      const int64_t start = t * leaf.size + first;
-      if (leaf.to) {
-        for_each<T>(n, [&](int64_t i, auto lane) {
-          using V = decltype(lane);
-          store(leaf.to + start + i, w[t] * load<V>(of_result + i));
-        });
-      }
-      if (!products) continue;
-      products[t] += sum<T>(n, [&](int64_t i, auto lane) {
+    for (int64_t t = 0; leaf.to && t < g.tasks; ++t) {
+      T* const to = leaf.to + t * leaf.size + first;
+      for_each<T>(n, [&](int64_t i, auto lane) {
         using V = decltype(lane);
-        return load<V>(of_result + i) * load<V>(leaf.g + start + i);
+        store(to + i, w[t] * load<V>(of_result + i));
       });
     }
+    if (products) add_products(g.tasks, n, leaf.g + first, leaf.size, of_result, products);
   });
 }
 
