@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from mtml_fast.files import write_atomically
-from mtml_fast.multitask.copies import TaskCopies
+from mtml_fast.multitask.copies import TaskCopies, in_memory_order
 from mtml_fast.nn.losses import LOSSES, fit_targets, task_losses
 from mtml_fast.nn.meta_learner import Entries, MetaLearner
 from mtml_fast.ops import _check, gradient_gram
@@ -126,7 +126,7 @@ def affinity(
     model: nn.Module,
     rows: TaskRows | tuple[Sequence[Tensor], Sequence[Tensor]],
     *,
-    kind: str = "lookahead",
+    kind: str = "linear",
     loss: str | Callable | None = None,
     lr: float = 0.01,
     tasks: Sequence | None = None,
@@ -142,13 +142,14 @@ def affinity(
 
     All gradients come from one forward and backward pass in which each task has the shared parameters for itself, and
     "linear" (lookahead to first order in lr) and "cosine" from their Gram matrix: the time of about two training steps.
-    "lookahead" takes T forward passes more, of all rows or of those that `measure` leaves, `chunk` at a time as one.
+    "lookahead" takes T forward passes more, of all rows or of those that `measure` leaves, `chunk` at a time as one,
+    for steps so long that the losses are no straight line.
 
     Args:
         model: a MetaLearner, whose trunk is what the tasks share, or a module that they share as a whole. It is used in
             evaluation mode and left as it is.
         rows: TaskRows with labels; or lists of one `[N_t, ...]` a task, of inputs and of targets.
-        kind: "lookahead", "linear" or "cosine".
+        kind: "linear", "lookahead" or "cosine".
         loss: a name (cross_entropy, bce, mse, mae, huber) or a `callable(outputs, targets)` that gives a mean. `None`:
             cross_entropy for integer targets, mse for floating ones.
         lr: the rate of the step.
@@ -173,11 +174,13 @@ def affinity(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    _check.choice("kind", kind, ("lookahead", "linear", "cosine"))
+    _check.choice("kind", kind, ("linear", "lookahead", "cosine"))
     _check.number("lr", lr, low=0, exclusive=True)
     _check.number("chunk", chunk, low=1, integer=True)
     if measure is not None:
         _check.number("measure", measure, low=1, integer=True)
+        if kind != "lookahead":
+            raise ValueError(f"measure must be None where kind is {kind!r}, got {measure}")
     problem = _Problem(model, *_lists(rows), loss, tasks)
     with problem.evaluating():
         losses, gradients = problem.gradients()
@@ -188,7 +191,7 @@ def affinity(
             before, after = measured.losses(), measured.losses_after_steps(gradients, lr, chunk)
             matrix = _share(before.double() - after.double(), before)
         else:
-            gram = gradient_gram(list(gradients.values()))
+            gram = gradient_gram(in_memory_order(list(gradients.values())))
             norms = gram.diagonal().sqrt()
             scale = norms[:, None] * norms
             matrix = torch.where(scale > 0, gram / scale, 0.0) if kind == "cosine" else _share(lr * gram, losses)

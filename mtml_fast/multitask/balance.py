@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtml_fast.multitask.copies import TaskCopies
+from mtml_fast.multitask.copies import TaskCopies, in_memory_order, in_order_of
 from mtml_fast.ops import _check, gradient_combine, gradient_gram
 
 __all__ = ["Balance", "Surgery", "Weighting", "task_gradients"]
@@ -168,8 +168,10 @@ class Surgery(Balance):
 
     def _combined(self, gradients: list[Tensor], losses: Tensor, tasks: Tensor) -> tuple[list[Tensor], Tensor]:
         """The gradient that the step follows, and the weights `[T]`."""
-        weights = self(gradient_gram(gradients), losses, tasks)
-        return gradient_combine(gradients, weights.to(gradients[0].dtype)), weights
+        views = in_memory_order(gradients)
+        weights = self(gradient_gram(views), losses, tasks)
+        combined = gradient_combine(views, weights.to(gradients[0].dtype))
+        return in_order_of(gradients, combined), weights
 
     def _specific(self, weights: Tensor) -> Tensor:
         """The weights of the losses for the parameters that are not shared."""

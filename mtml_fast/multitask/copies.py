@@ -71,6 +71,26 @@ class TaskCopies:
         return outputs
 
 
+def in_memory_order(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Views of gradients `[T, ...]` with the axes of each task in the order of memory, which a Gram matrix may take.
+
+    Backward passes give linear layers transposed gradients, which would otherwise be copied into another order.
+    """
+    return [gradient.permute(0, *_memory_order(gradient)) for gradient in gradients]
+
+
+def in_order_of(gradients: Sequence[Tensor], combined: Sequence[Tensor]) -> list[Tensor]:
+    """Views `[...]` of the tensors combined from `in_memory_order(gradients)`, with the axes of `gradients`."""
+    axes = [_memory_order(gradient) for gradient in gradients]
+    return [
+        c.permute([order.index(a) for a in range(1, len(order) + 1)]) for c, order in zip(combined, axes, strict=True)
+    ]
+
+
+def _memory_order(gradient: Tensor) -> list[int]:
+    return sorted(range(1, gradient.dim()), key=lambda axis: -gradient.stride(axis))
+
+
 def rows_stay_apart(module: nn.Module) -> bool:
     """Whether a module is known to treat each row alone: a Sequential of torch's layers that do.
 

@@ -123,7 +123,7 @@ class MetaLearnerTrainer:
             sums.clear()
 
     def select_tasks(
-        self, inputs, tasks, targets, groups: int, *, kind: str = "lookahead", lr: float = 0.01
+        self, inputs, tasks, targets, groups: int, *, kind: str = "linear", lr: float = 0.01
     ) -> list[list[int]]:
         """The step before the articles' four: which tasks to train together, as groups of task ids.
 
@@ -133,8 +133,8 @@ class MetaLearnerTrainer:
         Args:
             inputs, tasks, targets: as for `train`; each task at most once.
             groups: how many.
-            kind, lr: "lookahead", what a step at rate lr on one task does to the loss of another; "linear", the same to
-                first order; "cosine", of the gradients.
+            kind, lr: "linear", what a step at rate lr on one task does to the loss of another, to first order;
+                "lookahead", the same for the step itself; "cosine", of the gradients.
         """
         entries, targets, loss = self._prepared(inputs, tasks, targets)
         for i, t in enumerate(entries.tasks):

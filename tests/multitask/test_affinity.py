@@ -85,7 +85,10 @@ def test_to_first_order_lookahead_is_linear():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     rows = TaskRows(torch.randn(3, 9, 4).double(), torch.randn(3, 9, 1).double())
     far, near = (
-        (affinity(model, rows, lr=lr).matrix - affinity(model, rows, kind="linear", lr=lr).matrix).norm() / lr
+        (
+            affinity(model, rows, kind="lookahead", lr=lr).matrix - affinity(model, rows, kind="linear", lr=lr).matrix
+        ).norm()
+        / lr
         for lr in (1e-3, 1e-5)
     )
     assert near < far / 50
@@ -95,7 +98,7 @@ def test_measure_takes_rows_evenly():
     """The steps follow all rows; the losses are those of three of each task."""
     model = nn.Linear(4, 1).double()
     x, y = torch.randn(3, 9, 4).double(), torch.randn(3, 9, 1).double()
-    found = affinity(model, TaskRows(x, y), lr=0.1, measure=3).matrix
+    found = affinity(model, TaskRows(x, y), kind="lookahead", lr=0.1, measure=3).matrix
     few = [0, 4, 8]
     for i in range(3):
         stepped = copy.deepcopy(model)
@@ -106,8 +109,8 @@ def test_measure_takes_rows_evenly():
         for j in range(3):
             before, after = (F.mse_loss(m(x[j, few]), y[j, few]) for m in (model, stepped))
             torch.testing.assert_close(found[i, j], (1 - after / before).detach())
-    whole = affinity(model, TaskRows(x, y), lr=0.1).matrix
-    torch.testing.assert_close(affinity(model, TaskRows(x, y), lr=0.1, measure=99).matrix, whole)
+    whole = affinity(model, TaskRows(x, y), kind="lookahead", lr=0.1).matrix
+    torch.testing.assert_close(affinity(model, TaskRows(x, y), kind="lookahead", lr=0.1, measure=99).matrix, whole)
 
 
 class Reads(nn.Module):
@@ -124,8 +127,8 @@ class Reads(nn.Module):
 def test_a_module_that_vmap_cannot_take_runs_step_by_step():
     model, rows = Reads(), TaskRows(torch.randn(3, 9, 3), torch.randn(3, 9, 1))
     with pytest.warns(UserWarning, match="torch.func.vmap cannot run"):
-        found = affinity(model, rows)
-    torch.testing.assert_close(found.matrix, affinity(model.linear, rows).matrix)
+        found = affinity(model, rows, kind="lookahead")
+    torch.testing.assert_close(found.matrix, affinity(model.linear, rows, kind="lookahead").matrix)
 
 
 def test_a_task_without_a_gradient_has_no_affinity():
@@ -222,7 +225,7 @@ def test_picture_and_table(tmp_path):
     model, rows = nn.Linear(3, 1), TaskRows(torch.randn(4, 9, 3), torch.randn(4, 9, 1))
     found = affinity(model, rows, tasks=["north", "south", "east", "west"])
     assert len(str(found).splitlines()) == 5
-    assert str(found).splitlines()[0].split() == ["lookahead", "north", "south", "east", "west"]
+    assert str(found).splitlines()[0].split() == ["linear", "north", "south", "east", "west"]
     for name, groups in (("plain", None), ("grouped", found.groups(2))):
         found.save_picture(tmp_path / f"{name}.png", groups)
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -237,7 +240,8 @@ def test_picture_and_table(tmp_path):
         (dict(model=3), TypeError, "model must be an nn.Module, got int"),
         (dict(model=nn.Tanh()), ValueError, "model must share parameters that require a gradient, got none"),
         (dict(model=MetaLearner(3, 3, 1)), ValueError, "model must have a trunk"),
-        (dict(kind="tag"), ValueError, "kind must be one of 'lookahead', 'linear', 'cosine', got 'tag'"),
+        (dict(kind="tag"), ValueError, "kind must be one of 'linear', 'lookahead', 'cosine', got 'tag'"),
+        (dict(measure=3), ValueError, "measure must be None where kind is 'linear', got 3"),
         (dict(lr=0), ValueError, "lr must be finite, above 0, got 0"),
         (dict(chunk=0), ValueError, "chunk must be finite, at least 1, got 0"),
         (dict(measure=0), ValueError, "measure must be finite, at least 1, got 0"),
