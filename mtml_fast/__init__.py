@@ -12,6 +12,7 @@ from mtml_fast.inner import Adapted as Adapted
 from mtml_fast.inner import InnerLoop as InnerLoop
 from mtml_fast.inner import adapt as adapt
 from mtml_fast.inner import explain as explain
+from mtml_fast.inner import ridge_head as ridge_head
 from mtml_fast.nn import MetaLearner as MetaLearner
 from mtml_fast.nn import TaskModule as TaskModule
 from mtml_fast.ops import backend as backend
@@ -39,4 +40,5 @@ __all__ = [
     "adapt",
     "backend",
     "explain",
+    "ridge_head",
 ]
