@@ -165,7 +165,9 @@ class MetaLearner(nn.Module):
             return
         (task_module,) = self._task_module
         if isinstance(task_module, (list, tuple)):
-            task_module = [copy.deepcopy(module) for module in task_module]
+            # what is frozen may be in common, and stays so
+            frozen = {id(p): copy.deepcopy(p) for m in task_module for p in m.parameters() if not p.requires_grad}
+            task_module = [copy.deepcopy(module, dict(frozen)) for module in task_module]
             for module in task_module:
                 reset_parameters(module)
         self.heads.load_heads(_modules(task_module, self.num_tasks))

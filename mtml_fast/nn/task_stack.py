@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ class TaskStack(nn.Module):
 
     Inputs of one shape for tasks of one structure run in one `torch.func.vmap`: 500 modules cost a few calls, not 500.
     Each task keeps its own batch statistics and draws its own dropout. A module that vmap cannot take (one that reads a
-    value in its forward, say) runs task by task, with a warning.
+    value in its forward, say) runs task by task, with a warning. A parameter without a gradient that several modules of
+    one structure hold in common, the same tensor, stays a single one: tasks may share a frozen part.
 
     Args:
         modules: one a task; their values are copied. Two modules are of equal structure where their classes, the shapes
@@ -46,7 +47,12 @@ class TaskStack(nn.Module):
                 raise TypeError(f"modules[{t}] must be an nn.Module, got {type(module).__name__}")
             members.setdefault(_structure(module), []).append(t)
         self.members = list(members.values())
-        self.groups = nn.ModuleList(_stacked([modules[t] for t in tasks]) for tasks in self.members)
+        # the names of what the tasks of each group have in common; it has no axis for them
+        self._common = [_common([modules[t] for t in tasks]) for tasks in self.members]
+        self.groups = nn.ModuleList(
+            _stacked([modules[t] for t in tasks], common)
+            for tasks, common in zip(self.members, self._common, strict=True)
+        )
         # task -> its group and its place there
         self._place = {t: (g, i) for g, tasks in enumerate(self.members) for i, t in enumerate(tasks)}
 
@@ -74,13 +80,15 @@ class TaskStack(nn.Module):
 
     def _run(self, g: int, slots: list[int], x: Tensor) -> Tensor:
         """The modules in the given slots of group g on `x [E, ...]`."""
-        group = self.groups[g]
+        group, common = self.groups[g], self._common[g]
         state = dict(group.named_parameters()) | dict(group.named_buffers())
         index = torch.tensor(slots, device=x.device)
         every = slots == list(range(len(self.members[g])))
-        selected = state if every else {name: value[index] for name, value in state.items()}
+        selected = state
+        if not every:
+            selected = {name: value if name in common else value[index] for name, value in state.items()}
         try:
-            outputs, buffers = run_stacked(group, selected, x)
+            outputs, buffers = run_stacked(group, selected, x, common)
         except ValueError as error:
             # batch norm of a single row, say
             raise ValueError(f"inputs {list(x.shape[1:])} of {type(group).__name__}: {error}") from error
@@ -94,7 +102,7 @@ class TaskStack(nn.Module):
         if not 0 <= t < self.num_tasks:
             raise IndexError(f"t must be a task in 0..{self.num_tasks - 1}, got {t}")
         g, slot = self._place[t]
-        return _replaced(self.groups[g], lambda _, value: value[slot])
+        return _replaced(self.groups[g], lambda name, value: value if name in self._common[g] else value[slot])
 
     @torch.no_grad()
     def load_heads(self, modules: Sequence[nn.Module]) -> None:
@@ -104,27 +112,35 @@ class TaskStack(nn.Module):
         for t, module in enumerate(modules):
             g, slot = self._place[t]
             stacked, own = self.groups[g].state_dict(keep_vars=True), module.state_dict()
-            if {name: value.shape[1:] for name, value in stacked.items()} != {n: v.shape for n, v in own.items()}:
+            places = {name: value if name in self._common[g] else value[slot] for name, value in stacked.items()}
+            if {name: value.shape for name, value in places.items()} != {n: v.shape for n, v in own.items()}:
                 raise ValueError(f"modules[{t}] must have the parameters of task {t}'s module, got {list(own)}")
-            for name, value in stacked.items():
-                value[slot] = own[name]
+            for name, value in places.items():
+                # the first module of the group gives what is common
+                if name in self._common[g] and slot > 0 and not torch.equal(value, own[name]):
+                    raise ValueError(f"modules[{t}] must hold the values of {name} that the tasks have in common")
+                value.copy_(own[name])
 
     def owners(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter, and the task that each index of its first axis belongs to."""
+        """Each parameter that is not common, and the task that each index of its first axis belongs to."""
         return [
             (parameter, torch.tensor(tasks, device=parameter.device))
-            for tasks, group in zip(self.members, self.groups, strict=True)
-            for parameter in group.parameters()
+            for tasks, group, common in zip(self.members, self.groups, self._common, strict=True)
+            for name, parameter in group.named_parameters()
+            if name not in common
         ]
 
 
-def run_stacked(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def run_stacked(
+    module: nn.Module, state: dict[str, Tensor], x: Tensor, common: Set[str] = frozenset()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """E modules of one structure, each on its own input.
 
     Args:
         module: the structure.
         state: its parameters and buffers, each `[E, ...]`.
         x: `[E, ...]`.
+        common: the names of the parameters that are one for all E, without that axis.
 
     Returns:
         The outputs `[E, ...]`, and the buffers `[E, ...]` after the call.
@@ -142,14 +158,18 @@ def run_stacked(module: nn.Module, state: dict[str, Tensor], x: Tensor) -> tuple
         return state | {name: state[name].clone() for name in buffers}
 
     try:
-        return vmap(one, randomness="different")(fresh(), x)
+        axes = {name: None if name in common else 0 for name in state}
+        return vmap(one, (axes, 0), randomness="different")(fresh(), x)
     except torch.OutOfMemoryError:
         # a RuntimeError too, and no reason to try again
         raise
     except RuntimeError as error:
         # what the module itself refuses, it refuses here once more, in its own words
         again = fresh()
-        results = [one({name: value[i] for name, value in again.items()}, x[i]) for i in range(x.shape[0])]
+        results = [
+            one({name: value if name in common else value[i] for name, value in again.items()}, x[i])
+            for i in range(x.shape[0])
+        ]
         reason = str(error).strip().split("\n")[0]
         warnings.warn(
             f"torch.func.vmap cannot run {type(module).__name__}, one call a task instead: {reason}", stacklevel=2
@@ -165,10 +185,25 @@ def reset_parameters(module: nn.Module) -> None:
             layer.reset_parameters()
 
 
-def _stacked(modules: list[nn.Module]) -> nn.Module:
-    """The first module with the parameters and buffers of all, stacked."""
+def _common(modules: list[nn.Module]) -> frozenset[str]:
+    """The names of the frozen parameters that several modules hold in common."""
+    if len(modules) == 1:
+        return frozenset()
+    # by all of its names, where layers are tied
+    first, *others = [dict(module.named_parameters(remove_duplicate=False)) for module in modules]
+    return frozenset(
+        name for name, p in first.items() if not p.requires_grad and all(other.get(name) is p for other in others)
+    )
+
+
+def _stacked(modules: list[nn.Module], common: Set[str]) -> nn.Module:
+    """The first module with the parameters and buffers of all, stacked, but for those in common."""
     states = [dict(m.named_parameters()) | dict(m.named_buffers()) for m in modules]
-    return _replaced(modules[0], lambda name, _: torch.stack([state[name].detach() for state in states]))
+
+    def value(name: str, first: Tensor) -> Tensor:
+        return first if name in common else torch.stack([state[name].detach() for state in states])
+
+    return _replaced(modules[0], value)
 
 
 def _replaced(module: nn.Module, value) -> nn.Module:
