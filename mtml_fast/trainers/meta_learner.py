@@ -22,7 +22,7 @@ from mtml_fast.nn.task_stack import TaskStack
 from mtml_fast.ops import _check
 from mtml_fast.trainers import _names
 from mtml_fast.trainers._inner import Objective, adapted_losses, split_rows
-from mtml_fast.trainers._new_tasks import learner_of_new_tasks
+from mtml_fast.trainers._new_tasks import NewTasks, by_ridge, by_steps, check_request
 from mtml_fast.trainers._steps import descend
 from mtml_fast.trainers.interrupts import Interrupts
 from mtml_fast.trainers.progress import Progress
@@ -203,7 +203,9 @@ class MetaLearnerTrainer:
         Source: Finn, Abbeel and Levine, "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017;
         "head" is ANIL, Raghu et al., "Rapid learning or feature reuse?", ICLR 2020.
         """
-        _check_steps(steps, lr, layers)
+        _check.number("steps", steps, low=1, integer=True)
+        _check.number("lr", lr, low=0, exclusive=True)
+        _check.choice("layers", layers, ("head", "all"))
         _check.number("support", support, low=0, below=1, exclusive=True)
         entries, targets, loss = self._prepared(inputs, tasks, targets)
         for i, t in enumerate(entries.tasks):
@@ -227,30 +229,49 @@ class MetaLearnerTrainer:
         inputs,
         targets,
         *,
-        layers: str = "head",
+        layers: str | Sequence[str] = "head",
+        how: str = "steps",
         steps: int = 100,
         lr: float = 0.01,
+        penalty: float = 1.0,
+        from_tasks: Sequence[int] | None = None,
         out_features: Sequence[int] | None = None,
     ) -> MetaLearner:
-        """Learns new tasks from their rows, by gradient steps from what is learned; the learner itself stays as it is.
+        r"""Learns new tasks from their rows on top of what is learned; the learner itself stays as it is.
 
-        Each new task starts from the task module whose loss on its rows is the smallest, or from new values if none has
-        its number of outputs.
+        .. math::
+            z = f_{new}(g(x)) \quad \text{(a head over the trunk)} \qquad \text{or} \qquad
+            z = A \, [f_1(g(x)), \dots, f_T(g(x))] + b \quad \text{(a map between outputs)}
 
         Args:
             inputs: the rows of the new tasks, a list of `[N_i, D]` or one tensor `[T, N, D]`.
             targets: theirs, in the same form.
-            layers: "head": a new output mapping for each task, over the trunk as it is; "all": a copy of the trunk for
-                each task learns too.
-            steps, lr: gradient steps on all rows of the task, and their rate.
+            layers: what learns. "head": a new head for each task, over the trunk as it is; "outputs": an affine map
+                from the outputs of learned tasks to those of the new one, for tasks that are related to them and have
+                few rows; "all": a head and a copy of the trunk for each task; a list of names of modules and parameters
+                of the trunk: a head and, for each task, copies of these. Everything else is shared and stays.
+            how: "steps": gradient steps on the trainer's loss. Each new task starts from the task module whose loss on
+                its rows is the smallest ("outputs": from that module's outputs), or from new values if none has its
+                number of outputs. "ridge": a linear head, or map, in closed form, by least squares whatever the loss
+                (see `mtml_fast.ridge_head`): the outputs for classes are scores, not logits, and those for bce estimate
+                -1 and 1. Not where the trunk learns.
+            steps, lr: the gradient steps, on all rows of the task, and their rate.
+            penalty: of "ridge", the weight of the squared norm of the head beside the sum of the squared errors.
+            from_tasks: of "outputs", the learned tasks; `None`: all.
             out_features: the outputs of each new task; `None`: those of the targets.
 
         Returns:
             A MetaLearner of the new tasks, in evaluation mode: call it on their rows.
+
+        Example:
+            >>> trainer = MetaLearnerTrainer(MetaLearner(2, trunk=torch.nn.Linear(3, 8)), num_tasks=2)
+            >>> inputs, targets = torch.randn(2, 8, 3), torch.randn(2, 8, 1)
+            >>> loss = trainer.pretrain(inputs, [0, 1], targets, epochs=5)
+            >>> new = trainer.adapt([torch.randn(6, 3)], [torch.randn(6, 2)], how="ridge")
+            >>> new([torch.randn(4, 3)])[0].shape, new.heads.head(0)
+            (torch.Size([4, 2]), Linear(in_features=8, out_features=2, bias=True))
         """
-        _check_steps(steps, lr, layers)
-        if isinstance(self.learner.heads, TaskHeads) and self.learner.heads.is_lazy:
-            raise RuntimeError("adapt must come after the learner's first call or training: it has no widths yet")
+        check_request(self.learner, layers, how, steps, lr, penalty, from_tasks)
         entries = self.learner.entries(inputs, range(len(inputs)), num_tasks=len(inputs))
         if entries.single:
             raise ValueError(
@@ -262,21 +283,10 @@ class MetaLearnerTrainer:
         out_features = _widths(targets, loss) if out_features is None else list(out_features)
         if len(out_features) != len(targets):
             raise ValueError(f"out_features must be {len(targets)} widths, one a task, got {len(out_features)}")
-        if isinstance(self.learner.heads, TaskHeads):
+        if isinstance(self.learner.heads, TaskHeads) or how == "ridge" or layers == "outputs":
             targets = self._fitted(targets, entries.counts, out_features, loss)
-        learner = learner_of_new_tasks(self.learner, entries, targets, loss, out_features, layers == "all")
-        learner.heads.train()
-        features = learner.features(entries)
-        objective, optimizer = Objective(learner, loss), torch.optim.SGD(learner.heads.parameters(), lr)
-        for step in range(steps):
-            optimizer.zero_grad()
-            _finite_sum(objective(features, targets), step).backward()
-            optimizer.step()
-        optimizer.zero_grad()
-        learner.eval()
-        with torch.no_grad():
-            _finite_sum(objective(features, targets), steps)
-        return learner
+        new = NewTasks(entries, targets, loss, out_features, layers, from_tasks)
+        return by_ridge(self.learner, new, penalty) if how == "ridge" else by_steps(self.learner, new, steps, lr)
 
     def _train_jointly(self, phase: str, inputs, tasks, targets, epochs: int) -> float:
         entries, targets, loss = self._prepared(inputs, tasks, targets)
@@ -356,7 +366,7 @@ class MetaLearnerTrainer:
 
     def _fitted(self, targets: list[Tensor], counts: list[int], widths: list[int], loss: Callable) -> list[Tensor]:
         """The targets as the loss takes them beside outputs `[N, O]`."""
-        dtype = self.learner.heads.weight.dtype
+        dtype = next((p.dtype for p in self.learner.heads.parameters()), torch.get_default_dtype())
         return [
             _names.fit_targets(f"targets[{i}]", target, [count, width], dtype, loss)
             for i, (target, count, width) in enumerate(zip(targets, counts, widths, strict=True))
@@ -375,12 +385,6 @@ class MetaLearnerTrainer:
         return F.mse_loss if floating[0] else F.cross_entropy
 
 
-def _check_steps(steps: int, lr: float, layers: str) -> None:
-    _check.number("steps", steps, low=1, integer=True)
-    _check.number("lr", lr, low=0, exclusive=True)
-    _check.choice("layers", layers, ("head", "all"))
-
-
 def _check_finite(entries: Entries) -> None:
     """Names the first of the caller's inputs that holds NaN or infinity."""
     whole = isinstance(entries.x, Tensor)
@@ -393,14 +397,6 @@ def _check_finite(entries: Entries) -> None:
             i = first[0] if entries.shared else first[0] // entries.counts[0]
             i = i if entries.order is None else int(entries.order[first[0]])
         raise ValueError(f"inputs must be finite, got {part[first].item()} in inputs[{i}]")
-
-
-def _finite_sum(losses: Tensor, taken: int) -> Tensor:
-    """The sum of the losses that `adapt` has after the steps taken."""
-    total = losses.sum()
-    if not bool(total.isfinite()):
-        raise FloatingPointError(f"the loss after {taken} steps of adapt is {total.item()}; a smaller lr may help")
-    return total
 
 
 def _widths(targets: list[Tensor], loss: Callable) -> list[int]:
