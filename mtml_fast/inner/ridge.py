@@ -92,6 +92,8 @@ def _solved(x: Tensor, y: Tensor, exists: Tensor, penalty: Tensor) -> tuple[Tens
     try:
         factor = torch.linalg.cholesky((x @ x.mT if wide else x.mT @ x) + ridge)
     except torch.linalg.LinAlgError:
+        if not bool(x.isfinite().all()):
+            raise ValueError("rows.x must be finite, got NaN or infinity") from None
         least = penalty.min().item()
         raise ValueError(f"penalty must not vanish beside the squares of the rows in float64, got {least:g}") from None
     weight = x.mT @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(x.mT @ y, factor)  # [G, D, O]
@@ -137,7 +139,7 @@ def _number_of_classes(y: Tensor, classes: int | None, mask: Tensor | None) -> i
         return classes
     if mask is not None:
         return mask.shape[1]
-    return int(y.max()) + 1 if y.numel() else 1
+    return max(int(y.max()) + 1, 1) if y.numel() else 1
 
 
 def _penalties(penalty: float | Tensor, x: Tensor, num_tasks: int) -> Tensor:
