@@ -28,7 +28,12 @@ def by_lstsq(x, y, penalty):
     rows, features = x.shape
     root = penalty**0.5
     free = torch.ones(rows, 1, dtype=x.dtype)
-    design = torch.cat([torch.cat([x, free], 1), torch.cat([root * torch.eye(features), torch.zeros(features, 1)], 1)])
+    design = torch.cat(
+        [
+            torch.cat([x, free], 1),
+            torch.cat([root * torch.eye(features, dtype=x.dtype), free.new_zeros(features, 1)], 1),
+        ]
+    )
     target = torch.cat([y, torch.zeros(features, y.shape[1], dtype=y.dtype)])
     # by singular values: other drivers take full rank for granted
     solution = torch.linalg.lstsq(design.double(), target.double(), driver="gelsd").solution
@@ -50,10 +55,10 @@ def test_heads_equal_lstsq_and_scikit_learn(features, penalty):
     for t in range(rows.num_tasks):
         x, y = rows.task(t)
         for own, expected in zip((weight[t], bias[t]), by_lstsq(x, y, penalty), strict=True):
-            torch.testing.assert_close(own, expected, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-8)
         theirs = sklearn.Ridge(alpha=penalty, solver="svd").fit(x.numpy(), y.numpy())
         torch.testing.assert_close(weight[t], torch.tensor(theirs.coef_), rtol=1e-7, atol=1e-8)
-        torch.testing.assert_close(bias[t], torch.tensor(theirs.intercept_), rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(bias[t], torch.tensor(theirs.intercept_), rtol=1e-8, atol=1e-8)
 
 
 def test_a_task_does_not_depend_on_the_others():
