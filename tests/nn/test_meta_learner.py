@@ -398,3 +398,73 @@ def test_errors_name_the_argument_and_the_value(call, message):
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def sharing(widths, frozen=True):
+    """Modules that hold one layer in common, the same tensors."""
+    common = nn.Linear(3, 4).requires_grad_(not frozen)
+    return common, [nn.Sequential(common, nn.Tanh(), nn.Linear(4, width)) for width in widths]
+
+
+def test_frozen_parameters_in_common_are_kept_once():
+    common, modules = sharing([2, 2, 1, 2])
+    stack = TaskStack(modules)
+    assert stack.members == [[0, 1, 3], [2]]
+    assert {name: list(p.shape) for name, p in stack.groups[0].named_parameters()} == {
+        "0.weight": [4, 3],
+        "0.bias": [4],
+        "2.weight": [3, 2, 4],
+        "2.bias": [3, 2],
+    }
+    # of one module alone nothing is in common
+    assert list(stack.groups[1][0].weight.shape) == [1, 4, 3]
+    x = torch.randn(4, 5, 3)
+    for tasks in (range(4), [3, 2], [1, 3, 1]):
+        inputs = [x[t] for t in tasks]
+        for z, t in zip(stack(inputs, tasks), tasks, strict=True):
+            torch.testing.assert_close(z, modules[t](x[t]))
+    assert torch.equal(stack.head(3)[0].weight, common.weight)
+    assert stack.head(3)[0].weight is not stack.groups[0][0].weight
+    assert len(stack.owners()) == 6
+    # a gradient makes them each task's own, as does a copy
+    assert list(TaskStack(sharing([2, 2], frozen=False)[1]).groups[0][0].weight.shape) == [2, 4, 3]
+    copies = [copy.deepcopy(module) for module in modules[:2]]
+    assert list(TaskStack(copies).groups[0][0].weight.shape) == [2, 4, 3]
+
+
+def test_frozen_parameters_in_common_are_loaded_once():
+    _, modules = sharing([2, 2])
+    stack, (other, others) = TaskStack(modules), sharing([2, 2])
+    stack.load_heads(others)
+    assert torch.equal(stack.groups[0][0].weight, other.weight)
+    stack.load_heads([stack.head(1), stack.head(0)])
+    assert torch.equal(stack.groups[0][2].weight[0], others[1][2].weight)
+    with pytest.raises(ValueError, match=r"^modules\[1\] must hold the values of 0.weight that the tasks have in"):
+        stack.load_heads([others[0], modules[1]])
+
+
+def test_frozen_tied_parameters_in_common():
+    common = nn.Linear(3, 3).requires_grad_(False)
+    modules = [nn.Sequential(common, nn.Linear(3, 3), common) for _ in range(2)]
+    stack, x = TaskStack(modules), torch.randn(2, 4, 3)
+    for z, module, value in zip(stack(x), modules, x, strict=True):
+        torch.testing.assert_close(z, module(value))
+    stack.load_heads(modules)
+    assert stack.groups[0][0].weight is stack.groups[0][2].weight
+
+
+def test_frozen_parameters_in_common_without_vmap():
+    class Reads(nn.Module):
+        def __init__(self, common):
+            super().__init__()
+            self.common, self.own = common, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.own(self.common(x)) * (1 if x.sum().item() > 0 else 2)
+
+    common = nn.Linear(3, 4).requires_grad_(False)
+    modules, x = [Reads(common), Reads(common)], torch.randn(2, 5, 3)
+    with pytest.warns(UserWarning, match="vmap cannot run Reads, one call a task instead"):
+        outputs = TaskStack(modules)(x)
+    for z, module, value in zip(outputs, modules, x, strict=True):
+        torch.testing.assert_close(z, module(value))
