@@ -10,8 +10,8 @@ from mtml_fast.tasks import TaskRows
 
 __all__ = ["ridge_head"]
 
-# numbers of float64 that a group of tasks may take at a time: 256 MiB
-_GROUP = 2**25
+# numbers of float64 in the rows and the systems of tasks that run together: 2 MiB, which stay in a cache
+_GROUP = 2**18
 
 
 def ridge_head(rows: TaskRows, penalty: float | Tensor = 1.0, *, classes: int | None = None) -> tuple[Tensor, Tensor]:
@@ -56,48 +56,68 @@ def ridge_head(rows: TaskRows, penalty: float | Tensor = 1.0, *, classes: int | 
         >>> torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.randint(0, 2, (18,))).backward()
     """
     x, y = _packed(rows, classes)
-    counts = rows.counts
-    starts = counts.cumsum(0) - counts
     penalty = _penalties(penalty, x, rows.num_tasks)
-    features, outputs = x.shape[1], y.shape[1]
-    weights, biases, order = [x.new_zeros(0, outputs, features)], [x.new_zeros(0, outputs)], []
-    sizes = _padded(counts)
-    for size in sizes.unique().tolist():
-        group = max(1, _GROUP // (size * (features + outputs) + min(size, features) ** 2))
-        for tasks in (sizes == size).nonzero().squeeze(1).split(group):
-            place = torch.arange(size)
-            last = counts[tasks, None] - 1
-            # padding repeats a row of the same task: whatever other tasks hold stays with them
-            index = (starts[tasks, None] + place.minimum(last)).to(x.device)
-            weight, bias = _solved(x[index], y[index], (place <= last).to(x.device), penalty[tasks.to(x.device)])
-            weights.append(weight.to(x.dtype))
-            biases.append(bias.to(x.dtype))
-            order.append(tasks)
+    if rows.num_tasks == 0:
+        return x.new_zeros(0, y.shape[1], x.shape[1]), x.new_zeros(0, y.shape[1])
+    groups, places = _groups(rows.counts, x.shape[1] + y.shape[1])
+    # one gather for all groups: its derivative goes through the rows once
+    index = torch.cat([place.flatten() for place in places]).to(x.device)
+    sizes = [place.numel() for place in places]
+    weights, biases = [], []
+    for tasks, place, own_x, own_y in zip(
+        groups, places, x.index_select(0, index).split(sizes), y.index_select(0, index).split(sizes), strict=True
+    ):
+        weight, bias = _solved(
+            own_x.unflatten(0, place.shape),
+            own_y.unflatten(0, place.shape),
+            rows.counts[tasks].to(x.device),
+            penalty[tasks.to(x.device)],
+        )
+        weights.append(weight.to(x.dtype))
+        biases.append(bias.to(x.dtype))
     # from the order of the groups back to that of the tasks
-    back = torch.cat(order or [counts]).argsort().to(x.device)
+    back = torch.cat(groups).argsort().to(x.device)
     return torch.cat(weights)[back], torch.cat(biases)[back]
 
 
-def _solved(x: Tensor, y: Tensor, exists: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [G, O, D] and bias [G, O] of rows x [G, N, D], y [G, N, O], those that exist [G, N]; in float64."""
+def _groups(counts: Tensor, width: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The tasks that run together, and for each such group its packed rows [G, N].
+
+    A task with fewer rows than N repeats its last one: what other tasks hold stays with them.
+    """
+    starts = counts.cumsum(0) - counts
+    # equal for tasks whose rows differ by a quarter at most: four numbers to each power of two
+    step = 2 ** (counts.double().log2().floor().long() - 2).clamp(min=0)
+    alike = (counts + step - 1) // step * step
+    groups, places = [], []
+    for most in alike.unique().tolist():
+        size = max(1, _GROUP // (most * width + min(most, width) ** 2))
+        for tasks in (alike == most).nonzero().squeeze(1).split(size):
+            last = counts[tasks, None] - 1
+            groups.append(tasks)
+            places.append(starts[tasks, None] + torch.arange(int(last.max()) + 1).minimum(last))
+    return groups, places
+
+
+def _solved(x: Tensor, y: Tensor, counts: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [G, O, D] and bias [G, O] of rows x [G, N, D], y [G, N, O], the first `counts` of each; in float64."""
     # products of features square their condition, which float32 does not bear
-    x, y, exists = x.double(), y.double(), exists[..., None].double()
-    count = exists.sum(1)  # [G, 1]
-    mean_x, mean_y = (x * exists).sum(1) / count, (y * exists).sum(1) / count
-    x, y = (x - mean_x[:, None]) * exists, (y - mean_y[:, None]) * exists
-    size = min(x.shape[1:])
-    ridge = penalty[:, None, None] * torch.eye(size, dtype=x.dtype, device=x.device)
+    x, y, counts = x.double(), y.double(), counts[:, None, None].double()
+    exists = (torch.arange(x.shape[1], device=x.device)[:, None] < counts).double()  # [G, N, 1]
+    mean_x, mean_y = (exists.mT @ x) / counts, (exists.mT @ y) / counts
+    x, y = (x - mean_x) * exists, (y - mean_y) * exists
     # a padded row is zero: it adds nothing to the one system, and stands alone with a solution of zero in the other
     wide = x.shape[1] <= x.shape[2]
+    system = x @ x.mT if wide else x.mT @ x
     try:
-        factor = torch.linalg.cholesky((x @ x.mT if wide else x.mT @ x) + ridge)
+        factor = torch.linalg.cholesky(system + torch.diag_embed(penalty[:, None].expand(-1, system.shape[1])))
     except torch.linalg.LinAlgError:
         if not bool(x.isfinite().all()):
             raise ValueError("rows.x must be finite, got NaN or infinity") from None
         least = penalty.min().item()
         raise ValueError(f"penalty must not vanish beside the squares of the rows in float64, got {least:g}") from None
     weight = x.mT @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(x.mT @ y, factor)  # [G, D, O]
-    return weight.mT, mean_y - (mean_x[:, None] @ weight).squeeze(1)
+    return weight.mT, (mean_y - mean_x @ weight).squeeze(1)
 
 
 def _packed(rows: TaskRows, classes: int | None) -> tuple[Tensor, Tensor]:
@@ -155,10 +175,3 @@ def _penalties(penalty: float | Tensor, x: Tensor, num_tasks: int) -> Tensor:
         for bad in penalty.detach()[~((penalty > 0) & penalty.isfinite())].flatten()[:1].tolist():
             raise ValueError(f"penalty must be finite, above 0, got {bad:g}")
     return penalty.double().expand(num_tasks)
-
-
-def _padded(counts: Tensor) -> Tensor:
-    """The rows that a task is padded to: few different numbers, at most a quarter above the task's own."""
-    # four to each power of two
-    step = 2 ** (counts.double().log2().floor().long() - 2).clamp(min=0)
-    return (counts + step - 1) // step * step

@@ -91,13 +91,20 @@ def test_groups_of_bounded_memory_give_the_same(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
-def test_padding_is_by_the_task_alone_and_at_most_a_quarter():
-    counts = torch.arange(1, 5000)
-    sizes = ridge._padded(counts)
-    assert bool((sizes >= counts).all())
-    assert bool((sizes <= 1.25 * counts).all())
-    assert len(sizes.unique()) <= 4 * 13
-    assert ridge._padded(torch.tensor([37])).item() == sizes[36]
+def test_tasks_that_run_together_have_alike_numbers_of_rows():
+    counts = torch.randint(1, 5000, (3000,))
+    groups, places = ridge._groups(counts, width=4)
+    assert torch.cat(groups).sort().values.tolist() == list(range(3000))
+    starts = counts.cumsum(0) - counts
+    for tasks, place in zip(groups, places, strict=True):
+        own = counts[tasks]
+        assert place.shape == (len(tasks), int(own.max()))
+        assert bool((own.max() <= 1.25 * own).all())
+        assert torch.equal(place[:, 0], starts[tasks])
+        assert torch.equal(place[:, -1], starts[tasks] + own - 1)
+        assert len(tasks) == 1 or own.max() * (4 * len(tasks)) <= ridge._GROUP
+    # four to each power of two, where memory does not divide them
+    assert len(ridge._groups(torch.arange(1, 256), width=1)[0]) <= 4 * 8
 
 
 def test_one_row_gives_its_target_and_no_weight():
