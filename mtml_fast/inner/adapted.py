@@ -29,8 +29,8 @@ def adapt(model: nn.Module, support: TaskRows, **inner) -> Adapted:
     Args:
         model: any nn.Module that maps rows [N, ...] to outputs [N, C, ...].
         support: the rows to learn from, with labels.
-        inner: lr, steps, loss, layers, first_order, momentum, weight_decay, clip, batch_stats, chunk, plan: see
-            `InnerLoop`.
+        inner: lr, steps, loss, layers ("all", "head", "body" or names of modules and parameters), first_order,
+            momentum, weight_decay, clip, batch_stats, chunk, plan: see `InnerLoop`.
 
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
