@@ -36,8 +36,7 @@ def both(params, grads, lr, **options):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_same_bits_as_torch(dtype):
-    rng = np.random.default_rng()
+def test_same_bits_as_torch(dtype, rng):
     params, grads, buffers = (arrays(rng, dtype) for _ in range(3))
     rates = [
         0.1,
@@ -58,8 +57,7 @@ def test_same_bits_as_torch(dtype):
             np.testing.assert_array_equal(a, b.numpy(), strict=True)
 
 
-def test_inputs_stay_and_layouts_do_not_matter():
-    rng = np.random.default_rng()
+def test_inputs_stay_and_layouts_do_not_matter(rng):
     params, grads = [rng.standard_normal((7, 4)).T], [np.broadcast_to(rng.standard_normal((4, 1)), (4, 7))]
     before = params[0].copy()
     strided, _ = mfn.sgd_step(params, grads, lr=0.5, clip=1.0)
@@ -181,8 +179,7 @@ MLP_OPTIONS = {
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal", "ragged"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", MLP_OPTIONS)
-def test_mlp_adapt_has_the_bits_of_torch(name, dtype, ragged):
-    rng = np.random.default_rng()
+def test_mlp_adapt_has_the_bits_of_torch(name, dtype, ragged, rng):
     call = mlp_call(rng, dtype, ragged, **MLP_OPTIONS[name])
     if isinstance(call["lr"], np.ndarray):
         call["lr"] = call["lr"].astype(dtype)
@@ -207,8 +204,8 @@ def test_mlp_adapt_has_the_bits_of_torch(name, dtype, ragged):
         np.testing.assert_array_equal(a, b)
 
 
-def test_mlp_adapt_takes_any_layout_and_no_labels():
-    call = mlp_call(np.random.default_rng(), np.float64, lr=0.1)
+def test_mlp_adapt_takes_any_layout_and_no_labels(rng):
+    call = mlp_call(rng, np.float64, lr=0.1)
     strided = {
         k: [x.T.copy().T for x in v] if k == "params" else v.T.copy().T if isinstance(v, np.ndarray) else v
         for k, v in call.items()
@@ -220,8 +217,8 @@ def test_mlp_adapt_takes_any_layout_and_no_labels():
     np.testing.assert_array_equal(unlabelled.losses, np.zeros(3))
 
 
-def test_mlp_adapt_without_tasks():
-    call = mlp_call(np.random.default_rng(), np.float64, lr=0.1)
+def test_mlp_adapt_without_tasks(rng):
+    call = mlp_call(rng, np.float64, lr=0.1)
     none = {k: v[:0] if k.endswith(("_x", "_y")) else v for k, v in call.items()}
     with np.errstate(all="raise"):
         result = mfn.mlp_adapt(**none, gradient=True, return_parameters=True)
@@ -265,8 +262,8 @@ def test_mlp_adapt_without_tasks():
         ({"loss": "hinge"}, ValueError, "loss must be one of 'cross_entropy', 'mse', 'bce', got 'hinge'"),
     ],
 )
-def test_mlp_adapt_bad_input(change, error, message):
-    call = {**mlp_call(np.random.default_rng(), np.float64, lr=0.1), **change}
+def test_mlp_adapt_bad_input(change, error, message, rng):
+    call = {**mlp_call(rng, np.float64, lr=0.1), **change}
     with pytest.raises(error, match=re.escape(message)) as caught:
         mfn.mlp_adapt(**call)
     assert "\n" not in str(caught.value)
@@ -274,8 +271,7 @@ def test_mlp_adapt_bad_input(change, error, message):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", ["huber", "cross_entropy", "bce"]])
-def test_heads_in_the_same_bits_as_torch(dtype, loss):
-    rng = np.random.default_rng()
+def test_heads_in_the_same_bits_as_torch(dtype, loss, rng):
     rows, widths = [5, 1, 30], [3, 2, 40]
     offsets, out_offsets = np.cumsum([0, *rows]), np.cumsum([0, *widths])
     draw = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731

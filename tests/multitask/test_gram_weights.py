@@ -1,7 +1,6 @@
 """Surgery on Gram matrices: against TorchJD, the papers' loops on whole gradients, and their optimality conditions."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,6 @@ from mtml_fast.multitask import _quadratic, gram_weights
 
 TORCHJD = json.loads((Path(__file__).parent / "torchjd_results.json").read_text())
 KINDS = ["random", "opposed", "similar", "dependent", "equal", "with a zero", "large", "one task"]
-
-
-@pytest.fixture
-def rng():
-    seed = int(os.environ.get("MTML_FAST_TEST_SEED", int.from_bytes(os.urandom(3), "big")))
-    print(f"repeat with MTML_FAST_TEST_SEED={seed}")
-    return np.random.default_rng(seed)
 
 
 def gradients(rng, kind):

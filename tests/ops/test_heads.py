@@ -109,10 +109,8 @@ def test_battery(check):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_double_backward(case, dtype):
+def test_double_backward(case, dtype, seed):
     """The reverse of the backward pass against the reference in float64, in the same bits on any number of threads."""
-    seed = torch.seed() % 2**31
-    print(f"seed {seed}")
     operator = OPERATORS["heads"]
     draws = torch.Generator().manual_seed(seed)
     call = case.make(dtype, draws)
@@ -182,8 +180,8 @@ def test_a_task_of_many_rows(rows):
 
 @pytest.mark.parametrize("widths", [3, [2, 3, 1]], ids=["equal", "ragged"])
 @pytest.mark.parametrize("hidden", [None, 4])
-def test_unsorted_rows(widths, hidden):
-    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+def test_unsorted_rows(widths, hidden, seed):
+    generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, 3, (20,), generator=generator)
     rows = torch.bincount(index, minlength=3).tolist()
     call = make(rows, [3] * 3 if widths == 3 else widths, 5, hidden=hidden)(torch.float64, generator)

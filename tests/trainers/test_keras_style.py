@@ -377,9 +377,9 @@ def test_errors_name_the_argument_and_the_value(call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_loss_objects_see_targets_in_the_shape_of_the_outputs():
+def test_loss_objects_see_targets_in_the_shape_of_the_outputs(rng):
     """[N] beside [N, 1] would broadcast to [N, N]: the same numbers by name and by object."""
-    x, y = np.random.randn(30, 4), np.random.randn(30, 3)
+    x, y = rng.standard_normal((30, 4)), rng.standard_normal((30, 3))
     histories = []
     for loss, metric in (("mse", "mae"), (torch.nn.MSELoss(), torch.nn.L1Loss())):
         torch.manual_seed(0)
