@@ -92,9 +92,10 @@ double short_cross_entropy(const HeadTargets<T>& targets, const ClassTargets<T>&
     for (int64_t c = 0; c < L; ++c) {
       V slope{};
       if (c < C) {
-        slope = columns[c] * share - (label == static_cast<T>(c) ? part : V{});
-        if (shared.smooth) slope -= shared.smooth[c];
-        slope = takes_part > V{} ? scale * slope : V{};
+        // t in one number, rounded as s is: the slope of a single class is zero
+        V target = label == static_cast<T>(c) ? part : V{};
+        if (shared.smooth) target += shared.smooth[c];
+        slope = takes_part > V{} ? scale * (columns[c] * share - target) : V{};
       }
       columns[c] = slope;
     }

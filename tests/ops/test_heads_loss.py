@@ -243,6 +243,17 @@ def test_second_order(case, seed):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_single_class_has_no_slope(dtype, seed):
+    """Its probability is 1: whatever the weights and the smoothing, loss and gradients are exactly zero."""
+    make_call = with_options(make([30, 9], [1, 1], 5, loss="cross_entropy"), "class_weights", label_smoothing=0.2)
+    call = make_call(dtype, torch.Generator().manual_seed(seed))
+    leaves = [call[n].requires_grad_() for n in ("x", "weight", "bias")]
+    losses = heads_loss(**call)
+    assert (losses == 0).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(losses, leaves, torch.randn(2, dtype=dtype)))
+
+
 @pytest.mark.parametrize("case", ["classes", "equal", "ragged"])
 def test_unsorted_rows(case, seed):
     generator = torch.Generator().manual_seed(seed)
