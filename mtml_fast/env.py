@@ -26,7 +26,7 @@ VARIABLES = (
         "MTML_FAST_FORM",
         "dense, factored, gram or gram_cross: insist on a form of mlp_adapt's weights where it is possible, for tests",
     ),
-    ("MTML_FAST_TEST_SEED", "seed of the operator battery, to repeat a failure"),
+    ("MTML_FAST_TEST_SEED", "seed of a test, to repeat a failure"),
 )
 
 

@@ -7,8 +7,9 @@
         check()
 
 The checks run on the registered operator (`mtml_fast.backend("operator")`), whoever serves it. The rule for values: the
-error against float64 may be at most twice that of eager PyTorch in the same dtype, or of inputs that are one rounding
-off, task by task; nowhere a tolerance chosen by hand. Cotangents are random; the seed is fresh and printed.
+error against float64 may be at most twice that of eager PyTorch in the same dtype, on these inputs or on inputs one
+rounding off, task by task (in float64, where the exact values err like eager's, three times); nowhere a tolerance
+chosen by hand. Cotangents are random; the seed is fresh and printed.
 """
 
 from __future__ import annotations

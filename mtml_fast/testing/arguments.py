@@ -38,6 +38,11 @@ def rounded(arguments: dict, eps: float) -> dict:
     return map_tensors(arguments, off)
 
 
+def in_dtype(arguments: dict, dtype: torch.dtype) -> dict:
+    """Every float in another dtype."""
+    return map_tensors(arguments, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
 def transposed(t: Tensor) -> Tensor:
     """The first and last axes stored the other way round."""
     return t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t
