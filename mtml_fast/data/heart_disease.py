@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.data._episodes import check_choice, check_dtype, check_int
+from mtml_fast.data.folds import folds, selected
 from mtml_fast.tasks import TaskBatch, TaskRows
 
 __all__ = ["HeartDisease"]
@@ -79,22 +80,12 @@ class HeartDisease:
         self.columns = (*(name for name, _ in _coded()), *(f"{name} missing" for name in _GAPS))
 
     def folds(self, count: int = 5, seed: int = 0) -> list[TaskBatch]:
-        """Cross-validation: `count` times all hospitals, the rows to learn from as support, the others as query.
+        """Cross-validation: all hospitals `count` times, the rows to learn from as support, the others as query.
 
-        Each row is a query row once. The folds of a hospital differ by one row at most in size, and in the number of
-        ill patients.
+        As `mtml_fast.data.folds`, which splits the support once more where settings are to be chosen.
         """
-        check_int("count", count, 2)
-        fold = torch.empty(len(self.rows.y), dtype=torch.int64)
-        for t, (start, stop) in enumerate(self.rows.offsets.unfold(0, 2, 1).tolist()):
-            # dealt out in turn, the healthy first and then the ill, each in an order of chance
-            order = np.random.default_rng([check_int("seed", seed, 0), t]).permutation(stop - start)
-            order = order[np.argsort(self.rows.y[start:stop].numpy()[order], kind="stable")]
-            fold[start + torch.from_numpy(order)] = torch.arange(stop - start) % count
-        return [
-            TaskBatch(*_prepared(self._where(fold != k), self._where(fold == k), given=self._where(fold != k)))
-            for k in range(count)
-        ]
+        splits = folds(self.rows, count, seed)
+        return [TaskBatch(*_prepared(split.support, split.query, given=split.support)) for split in splits]
 
     def new_hospital(self, hospital: str, shots: int, seed: int = 0) -> tuple[TaskRows, TaskBatch]:
         """Three hospitals to learn from, and the fourth as a new task: some rows as support, the others as query.
@@ -107,10 +98,12 @@ class HeartDisease:
         Returns:
             The rows of the three others, in the order of `hospitals`, and the new one's.
         """
-        new = _HOSPITALS.index(check_choice("hospital", hospital, _HOSPITALS))
+        place = _HOSPITALS.index(check_choice("hospital", hospital, _HOSPITALS))
         check_int("shots", shots, 2)
-        order = torch.from_numpy(np.random.default_rng([check_int("seed", seed, 0), new]).permutation(len(self.rows.y)))
-        start, stop = self.rows.offsets[new : new + 2].tolist()
+        order = torch.from_numpy(
+            np.random.default_rng([check_int("seed", seed, 0), place]).permutation(len(self.rows.y))
+        )
+        start, stop = self.rows.offsets[place : place + 2].tolist()
         order = order[(order >= start) & (order < stop)]
         support = torch.zeros(len(self.rows.y), dtype=torch.bool)
         for label, wanted in ((0, shots // 2), (1, shots - shots // 2)):
@@ -123,21 +116,13 @@ class HeartDisease:
             support[found[:wanted]] = True
         owned = torch.zeros_like(support)
         owned[start:stop] = True
-        others = self._where(~owned)
-        others, support, query = _prepared(
-            others, self._where(support), self._where(owned & ~support), given=self._where(~owned)
-        )
-        return others, TaskBatch(support, query)
+        others = selected(self.rows, ~owned)
+        parts = others, selected(self.rows, support), selected(self.rows, owned & ~support)
+        others, *new = _prepared(*parts, given=others)
+        return others, TaskBatch(*new)
 
     def __repr__(self) -> str:
         return f"HeartDisease(rows={self.rows.counts.tolist()})"
-
-    def _where(self, chosen: Tensor) -> TaskRows:
-        """The chosen rows, of the tasks that have any."""
-        tasks = torch.arange(self.rows.num_tasks).repeat_interleave(self.rows.counts)[chosen]
-        counts = tasks.bincount()
-        counts = torch.cat([counts.new_zeros(1), counts[counts > 0]])
-        return TaskRows(self.rows.x[chosen], self.rows.y[chosen], counts.cumsum(0))
 
 
 def _prepared(*parts: TaskRows, given: TaskRows) -> list[TaskRows]:

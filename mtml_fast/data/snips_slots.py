@@ -6,12 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mtml_fast.data._episodes import check_int
 from mtml_fast.tasks import TaskRows
 
 __all__ = ["SnipsSlots"]
@@ -59,9 +61,10 @@ class SnipsSlots:
     Args:
         root: folder of the data.
         full: train on train_INTENT_full.json, else on train_INTENT.json.
+        queries: train on so many requests of each intent, drawn by chance; `None`: on all.
         held_out: this share of the training requests stands in the place of the test ones, to choose settings without a
             look at these.
-        seed: of what is held out.
+        seed: of what is drawn and held out.
 
     Raises:
         FileNotFoundError: data that is not there. ValueError: damaged data; else naming the argument.
@@ -80,18 +83,30 @@ class SnipsSlots:
 
     intents = _INTENTS
 
-    def __init__(self, root: str | os.PathLike, *, full: bool = False, held_out: float | None = None, seed: int = 0):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        *,
+        full: bool = False,
+        queries: int | None = None,
+        held_out: float | None = None,
+        seed: int = 0,
+    ):
         if held_out is not None and not 0 < held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {held_out!r}")
+        seed = check_int("seed", seed, 0)
         train = [_read(root, intent, f"train_{intent}{'_full' * full}.json") for intent in _INTENTS]
         if held_out is None:
             test = [_read(root, intent, f"validate_{intent}.json") for intent in _INTENTS]
         else:
-            train, test = zip(*(_split(queries, held_out, [seed, t]) for t, queries in enumerate(train)), strict=True)
+            shares = [max(1, round(len(each) * held_out)) for each in train]
+            test, train = _split(train, shares, seed)
         # of all that is read: which slots an intent has is known before any request is
         slots = [
             sorted({tag[2:] for _, tags in a + b for tag in tags} - {""}) for a, b in zip(train, test, strict=True)
         ]
+        if queries is not None:
+            train, _ = _split(train, [check_int("queries", queries, 1)] * len(train), seed + 1)
         self.tags = [("O", *(f"{part}-{slot}" for slot in each for part in "BI")) for each in slots]
         self.features = tuple(name for name, _ in _FEATURES)
         numbers = _numbers(tokens for queries in train for tokens, _ in queries)
@@ -108,8 +123,8 @@ class SnipsSlots:
             shape = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"labels must be [{len(self.test.y)}], one a test row, got {shape}")
         starts = set(self.test_queries.tolist())
-        found, offsets = [], self.test.offsets.tolist()
-        for tags, first, stop in zip(self.tags, offsets[:-1], offsets[1:], strict=True):
+        found = []
+        for tags, (first, stop) in zip(self.tags, pairwise(self.test.offsets.tolist()), strict=True):
             spans, begun, slot = set(), first, ""
             for row, label in enumerate([*labels[first:stop].tolist(), 0], first):
                 tag = tags[label]
@@ -190,10 +205,14 @@ def _offsets(counts: Iterable[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0)
 
 
-def _split(queries: list[_Query], share: float, seed: list[int]) -> tuple[list[_Query], list[_Query]]:
-    order = np.random.default_rng(seed).permutation(len(queries)).tolist()
-    held_out = max(1, round(len(queries) * share))
-    return [queries[i] for i in sorted(order[held_out:])], [queries[i] for i in sorted(order[:held_out])]
+def _split(tasks: Sequence[list[_Query]], counts: list[int], seed: int) -> tuple[list, list]:
+    """So many requests of each task, drawn by chance, and the others; both in their order."""
+    halves = [], []
+    for t, (queries, count) in enumerate(zip(tasks, counts, strict=True)):
+        order = np.random.default_rng([seed, t]).permutation(len(queries))
+        for half, places in zip(halves, (order[:count], order[count:]), strict=True):
+            half.append([queries[i] for i in np.sort(places)])
+    return halves
 
 
 def _read(root: str | os.PathLike, intent: str, name: str) -> list[_Query]:
