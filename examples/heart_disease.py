@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from report import save_bars, table
+from report import save_points, table
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -72,7 +72,7 @@ def main() -> None:
         ]
     )
     print(text)
-    save_bars(options.out / "heart-disease.png", "area under the ROC curve", known, heart.hospitals)
+    save_points(options.out / "heart-disease.png", "area under the ROC curve", known, heart.hospitals)
     (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
 
 

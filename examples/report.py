@@ -28,26 +28,25 @@ def table(first: str, columns: dict[str, Sequence[Cell]], rows: Sequence[str]) -
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def save_bars(path: Path, title: str, columns: dict[str, Sequence[Cell]], rows: Sequence[str]) -> None:
-    """A group of bars a row, one bar a column; a column of single numbers becomes a line across its group."""
+def save_points(path: Path, title: str, columns: dict[str, Sequence[Cell]], rows: Sequence[str]) -> None:
+    """A group of points a row, one a column, with its spread; a column of single numbers is a line across the group."""
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     axes = figure.subplots()
-    bars = [name for name, column in columns.items() if isinstance(column[0], Sequence)]
-    width = 0.8 / len(bars)
+    measured = [name for name, column in columns.items() if isinstance(column[0], Sequence)]
     for name, column in columns.items():
-        if name in bars:
+        if name in measured:
+            shift = (measured.index(name) - (len(measured) - 1) / 2) * 0.8 / len(measured)
+            places = [i + shift for i in range(len(rows))]
             means = [statistics.mean(cell) for cell in column]
             spread = [statistics.stdev(cell) if len(cell) > 1 else 0 for cell in column]
-            places = [i + (bars.index(name) - (len(bars) - 1) / 2) * width for i in range(len(rows))]
-            axes.bar(places, means, width, yerr=spread, error_kw={"linewidth": 0.8}, label=name)
+            axes.errorbar(places, means, spread, fmt="o", markersize=4, linewidth=1, label=name)
         else:
             starts = [i - 0.43 for i in range(len(rows))]
-            axes.hlines(column, starts, [start + 0.86 for start in starts], colors="black", linewidth=1.2, label=name)
-    lowest = min(statistics.mean(c) if isinstance(c, Sequence) else c for column in columns.values() for c in column)
-    axes.set_ylim(bottom=int(lowest * 10 - 0.5) / 10)
+            axes.hlines(column, starts, [start + 0.86 for start in starts], colors="black", linewidth=1, label=name)
     axes.set_xticks(range(len(rows)), rows, fontsize=8)
     axes.set_ylabel(title)
-    axes.legend(frameon=False, fontsize=8, ncols=len(columns), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.grid(axis="y", alpha=0.25)
+    figure.legend(frameon=False, fontsize=8, ncols=len(columns), loc="outside upper center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from report import save_bars, table
+from report import save_points, table
 from torch import Tensor, nn
 
 import mtml_fast as mf
@@ -64,7 +64,7 @@ def main() -> None:
     texts += [f"Mean and standard deviation of {options.seeds} runs, {seconds:.0f} s."]
     text = "\n\n".join(texts)
     print(text)
-    save_bars(options.out / "snips-slots.png", "share of right tags", pictures["share of right tags"], intents)
+    save_points(options.out / "snips-slots.png", "share of right tags", pictures["share of right tags"], intents)
     (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
 
 

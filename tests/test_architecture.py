@@ -74,6 +74,13 @@ def test_imports_only_downward(path):
     assert rooms_used(path) <= allowed, f"{name_of(path)} reaches up to {rooms_used(path) - allowed}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_use_what_is_public(path):
+    used = {module for module, _ in imports(path) if module.split(".")[0] == "mtml_fast"}
+    assert used <= {"mtml_fast"}, f"{path.name} imports {used - {'mtml_fast'}}"
+    assert not re.search(r"\bmf\.(\w+\.)*_", path.read_text()), f"{path.name} uses a private name"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_only_torch_and_numpy_at_import(path):
     """Everything else is imported where it is used, but for the command line, whose body is typer."""
