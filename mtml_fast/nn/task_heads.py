@@ -106,21 +106,25 @@ class TaskHeads(nn.Module):
             if parameter is not None and not self.is_lazy:
                 nn.init.uniform_(parameter, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
 
-    def forward(self, rows: TaskRows, tasks: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, rows: TaskRows | Tensor, tasks: Sequence[int] | None = None, *, task_index: Tensor | None = None
+    ) -> Tensor:
         """The outputs of all rows, packed.
 
         Args:
             rows: task t's rows go through head t.
             tasks: or through head `tasks[t]`; then `rows` may hold any number of tasks, one of them also twice.
+            task_index: int64 `[R]`, the head of each row; `rows` is then a tensor `[R, D]` of rows in any order.
 
         Returns:
             `[T, N, O]` for rectangular rows, `[R, O]` for packed ones; task after task, flattened
             `[sum of R_t * O_t]`, where the heads have different widths.
         """
-        x, offsets = self._packed(rows, tasks)
-        widths = self._widths(tasks)
-        outputs = heads(x, offsets, **self._parameters_of(tasks), activation=self.activation)
-        return outputs.view(*rows.x.shape[:-1], widths[0]) if len(set(widths)) == 1 else outputs
+        x, offsets = self._packed(rows, tasks, task_index)
+        widths, lead = self._widths(tasks), rows.shape[:-1] if task_index is not None else rows.x.shape[:-1]
+        parameters = self._parameters_of(tasks, task_index)
+        outputs = heads(x, offsets, **parameters, activation=self.activation, task_index=task_index)
+        return outputs.view(*lead, widths[0]) if len(set(widths)) == 1 else outputs
 
     def outputs(self, rows: TaskRows, tasks: Sequence[int] | None = None) -> list[Tensor]:
         """Each task's outputs `[R_t, O_t]`; arguments as for `forward`."""
@@ -131,33 +135,34 @@ class TaskHeads(nn.Module):
 
     def task_losses(
         self,
-        rows: TaskRows,
+        rows: TaskRows | Tensor,
         loss: str | Sequence[str] = "cross_entropy",
         *,
         tasks: Sequence[int] | None = None,
+        task_index: Tensor | None = None,
         y: Tensor | tuple[Tensor, Tensor] | None = None,
         **options,
     ) -> Tensor:
-        """Each task's mean loss `[T]`, computed together with the outputs.
+        """Each task's mean loss `[T]`, computed together with the outputs; zero for a task without rows.
 
         Args:
-            rows, tasks: as for `forward`.
+            rows, tasks, task_index: as for `forward`.
             loss: cross_entropy (`y` int64 `[R]`), mse, bce or huber (`y` like the outputs); or one of these a task.
             y: the targets, if not `rows.y`; flattened `[sum of R_t * O_t]` where the heads have different widths; the
                 pair `(classes, targets)` where cross_entropy and other losses are mixed.
             options: mask, label_smoothing, ignore_index, class_weights, delta, as for `mtml_fast.ops.heads_loss`.
         """
-        y = rows.y if y is None else y
+        x, offsets = self._packed(rows, tasks, task_index)
+        y = rows.y if y is None and task_index is None else y
         if y is None:
-            raise ValueError("rows.y must hold the targets, got None")
-        x, offsets = self._packed(rows, tasks)
+            raise ValueError(f"{'rows.y' if task_index is None else 'y'} must hold the targets, got None")
         y = y.flatten() if isinstance(y, Tensor) else tuple(part.flatten() for part in y)
         if isinstance(mask := options.get("mask"), Tensor):
             options = options | {"mask": mask.flatten()}
-        parameters = self._parameters_of(tasks)
-        return heads_loss(x, y, offsets, **parameters, activation=self.activation, loss=loss, **options)
+        options = options | {"activation": self.activation, "loss": loss, "task_index": task_index}
+        return heads_loss(x, y, offsets, **self._parameters_of(tasks, task_index), **options)
 
-    def loss(self, rows: TaskRows, loss: str | Sequence[str] = "cross_entropy", **options) -> Tensor:
+    def loss(self, rows: TaskRows | Tensor, loss: str | Sequence[str] = "cross_entropy", **options) -> Tensor:
         """The sum over the tasks of each task's mean loss; options as for `task_losses`."""
         return self.task_losses(rows, loss, **options).sum()
 
@@ -212,8 +217,19 @@ class TaskHeads(nn.Module):
         hidden = "" if self.hidden is None else f"hidden={self.hidden}, activation={self.activation}, "
         return f"tasks={self.num_tasks}, in_features={self.in_features}, {hidden}out_features={outputs}"
 
-    def _packed(self, rows: TaskRows, tasks: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    def _packed(
+        self, rows: TaskRows | Tensor, tasks: Sequence[int] | None, task_index: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The rows as `[R, D]` and their offsets, checked."""
+        if task_index is not None:
+            if tasks is not None:
+                raise ValueError(f"tasks must be None where task_index is given, got {tasks!r}")
+            _check.shape("rows", _check.tensor("rows", rows), ("R", None), ("D", self.in_features))
+            if self.is_lazy:
+                self.materialize(rows.shape[1])
+            return rows, None
+        if not isinstance(rows, TaskRows):
+            raise TypeError(f"rows must be TaskRows, or a tensor with task_index, got {type(rows).__name__}")
         given = self.num_tasks if tasks is None else len(tasks)
         if rows.num_tasks != given:
             raise ValueError(f"rows must hold {given} tasks, got {rows.num_tasks}")
@@ -236,7 +252,7 @@ class TaskHeads(nn.Module):
         widths = [width or 1 for width in self.out_features]
         return widths if tasks is None else [widths[t] for t in tasks]
 
-    def _parameters_of(self, tasks: Sequence[int] | None) -> dict[str, Tensor | None]:
+    def _parameters_of(self, tasks: Sequence[int] | None, task_index: Tensor | None = None) -> dict[str, Tensor | None]:
         """The parameters of the given tasks, or of all, packed as the operators take them."""
         named = {name: getattr(self, name) for name in ("weight", "bias", "hidden_weight", "hidden_bias")}
         out_offsets = self.out_offsets
@@ -250,7 +266,8 @@ class TaskHeads(nn.Module):
             index = {"weight": rows, "bias": rows, "hidden_weight": tasks, "hidden_bias": tasks}
             named = {name: None if value is None else value[index[name]] for name, value in named.items()}
             out_offsets = selected
-        equal = len(set(self.out_features)) == 1
+        # a task index alone does not say how many tasks there are
+        equal = len(set(self.out_features)) == 1 and task_index is None
         return named | {"out_offsets": None if equal else out_offsets}
 
     def _layers(self, t: int, module: nn.Module) -> list[nn.Module]:

@@ -2,11 +2,15 @@
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtml_fast.nn.task_heads import TaskHeads
 from mtml_fast.tasks import TaskRows
@@ -81,6 +85,89 @@ def test_tasks_choose_their_heads():
     tasks = [3, 0, 3, 1]
     for z, part, t in zip(head.outputs(rows_of(x), tasks), x.split(COUNTS), tasks, strict=True):
         torch.testing.assert_close(z, head.head(t)(part), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
+@pytest.mark.parametrize("widths", [RAGGED_WIDTHS, [3] * 4])
+def test_rows_in_any_order(widths, hidden):
+    """Task 2 has none: its loss is zero."""
+    head = TaskHeads(6, widths, hidden).double()
+    task_index = torch.tensor([3, 0, 0, 1, 3, 1, 0])
+    x = torch.randn(7, 6, dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 2, 2, 0, 1])
+    each = [head.head(t)(row) for t, row in zip(task_index.tolist(), x, strict=True)]
+    outputs = head(x, task_index=task_index)
+    if len(set(widths)) == 1:
+        torch.testing.assert_close(outputs, torch.stack(each))
+    else:
+        torch.testing.assert_close(outputs, torch.cat([each[i] for i in (1, 2, 6, 3, 5, 0, 4)]))
+    losses = head.task_losses(x, y=y, task_index=task_index)
+    for t in range(4):
+        own = [F.cross_entropy(z, label) for z, label, task in zip(each, y, task_index, strict=True) if task == t]
+        torch.testing.assert_close(losses[t], torch.stack(own).mean() if own else torch.zeros_like(losses[t]))
+    torch.testing.assert_close(head.loss(x, y=y, task_index=task_index), losses.sum())
+
+
+MANY = """
+import torch
+from mtml_fast.nn import TaskHeads
+from mtml_fast.tasks import TaskRows
+
+def memory(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what)) * 1024
+
+torch.set_num_threads(1)
+tasks, rows, features = 10_000, 1_000_000, 64
+widths = torch.randint(1, 6, (tasks,))
+head = TaskHeads(features, widths.tolist())
+optimizer = torch.optim.SGD(head.parameters(), 0.1)
+few = TaskRows(torch.randn(tasks, 1, features), torch.zeros(tasks, 1, dtype=torch.int64))
+head.loss(few).backward()  # what a first call loads
+before = memory("VmRSS")
+cuts = (torch.randperm(rows - 1)[: tasks - 1] + 1).sort().values
+offsets = torch.cat([cuts.new_zeros(1), cuts, cuts.new_full((1,), rows)])
+y = torch.randint(0, 1 << 30, (rows,)) % widths.repeat_interleave(offsets.diff())
+data = TaskRows(torch.randn(rows, features), y, offsets)
+size = data.x.nbytes + data.y.nbytes
+losses = []
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = head.loss(data)
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+print(memory("VmHWM") - before, size, *losses)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures by /proc/self/status")
+def test_ten_thousand_heads_and_a_million_rows():
+    """The data and a step on them within twice the memory of the data, and no operator called once a task."""
+    run = subprocess.run([sys.executable, "-c", MANY], capture_output=True, text=True, check=True)
+    memory, data, *losses = map(float, run.stdout.split())
+    assert losses == sorted(losses, reverse=True)
+    assert memory <= 2 * data, f"{memory / data:.2f} times the data"
+
+
+class _Calls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_a_step_calls_as_many_operators_for_any_number_of_tasks(hidden):
+    counts = []
+    for tasks in (3, 300):
+        head = TaskHeads(4, [2, 3, 1] * (tasks // 3), hidden)
+        offsets = torch.arange(tasks + 1) * 2
+        rows = TaskRows(torch.randn(2 * tasks, 4), torch.zeros(2 * tasks, dtype=torch.int64), offsets)
+        with _Calls() as calls:
+            head.loss(rows).backward()
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
 
 
 def test_loss_is_the_sum_of_the_task_losses():
@@ -166,6 +253,26 @@ def test_lazy_heads_take_a_state_dict_and_a_dtype():
         (lambda: TaskHeads(3, [2])(TaskRows(torch.zeros(1, 1, 4))), "rows.x must have 3 features, got shape [1, 1, 4]"),
         (lambda: TaskHeads(3, [2])(TaskRows(torch.zeros(1, 3))), "rows.x must be [T, N, D], got shape [1, 3]"),
         (lambda: TaskHeads(3, [2]).loss(TaskRows(torch.zeros(1, 1, 3))), "rows.y must hold the targets, got None"),
+        (
+            lambda: TaskHeads(3, [2])(torch.zeros(2, 3)),
+            "rows must be TaskRows, or a tensor with task_index, got Tensor",
+        ),
+        (
+            lambda: TaskHeads(3, [2]).loss(torch.zeros(2, 3), task_index=torch.zeros(2).long()),
+            "y must hold the targets, got None",
+        ),
+        (
+            lambda: TaskHeads(3, [2])(torch.zeros(2, 4), task_index=torch.zeros(2).long()),
+            "rows must be [R, D=3], got shape [2, 4]",
+        ),
+        (
+            lambda: TaskHeads(3, [2])(torch.zeros(2, 3), [0], task_index=torch.zeros(2).long()),
+            "tasks must be None where task_index is given, got [0]",
+        ),
+        (
+            lambda: TaskHeads(3, [2])(torch.zeros(2, 3), task_index=torch.ones(2).long()),
+            "task_index must be in 0..0, got 1",
+        ),
         (lambda: TaskHeads(3, [2]).head(1), "t must be a task in 0..0, got 1"),
         (lambda: TaskHeads(None, [2]).head(0), "the heads have no widths yet: give in_features and out_features"),
         (lambda: TaskHeads(None, [2]).state_dict(), "the heads have no widths yet: give in_features and out_features"),
