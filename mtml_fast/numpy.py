@@ -34,7 +34,16 @@ if (_built := json.loads(_numpy.build_info())["version"]) != __version__:
         "run `pip install --no-build-isolation -e .` in the source folder of mtml_fast"
     )
 
-__all__ = ["HeadsLoss", "MLPAdapted", "heads", "heads_loss", "mlp_adapt", "sgd_step"]
+__all__ = [
+    "HeadsLoss",
+    "MLPAdapted",
+    "gradient_combine",
+    "gradient_gram",
+    "heads",
+    "heads_loss",
+    "mlp_adapt",
+    "sgd_step",
+]
 
 # in the order of the core
 _HEAD_LOSSES = ("cross_entropy", "mse", "bce", "huber")
@@ -237,6 +246,43 @@ def mlp_adapt(
         parts = np.split(fast, np.cumsum([math.prod(shape) for shape in shapes])[:-1], axis=1)
         parameters = [part.reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
     return MLPAdapted(outputs, losses, parameters, rest[0] if gradient else None, rest[1:] if gradient else None)
+
+
+def gradient_gram(gradients: Sequence[np.ndarray]) -> np.ndarray:
+    r"""The Gram matrix of T gradients, each spread over a list of parameters that is never concatenated.
+
+    .. math::
+        M_{ij} = \sum_p \langle g_{p,i},\, g_{p,j} \rangle
+
+    Arguments and result as of `mtml_fast.ops.gradient_gram`, as arrays: float64 `[T, T]` whatever the gradients are.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Example:
+        >>> gradient_gram([np.array([[1.0, 2], [0, 1]]), np.array([1.0, -3])]).tolist()
+        [[6.0, -1.0], [-1.0, 10.0]]
+    """
+    return _numpy.gradient_gram(_contiguous(_arrays("gradients", gradients)))
+
+
+def gradient_combine(gradients: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
+    r"""The weighted sum of T gradients, each spread over a list of parameters that is never concatenated.
+
+    .. math::
+        d_p = \sum_t w_t \, g_{p,t}
+
+    Arguments and result as of `mtml_fast.ops.gradient_combine`, as arrays.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what it was.
+
+    Example:
+        >>> [d.tolist() for d in gradient_combine([np.eye(2), np.ones(2)], np.array([3.0, 4.0]))]
+        [[3.0, 4.0], 7.0]
+    """
+    gradients = _contiguous(_arrays("gradients", gradients))
+    return _numpy.gradient_combine(gradients, *_contiguous(_arrays("weights", [weights])))
 
 
 def heads(

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from mtml_fast.ops import _library, heads, heads_loss, mlp_adapt, mlp_adapt_mean, sgd_step
+from mtml_fast.ops import (
+    _library,
+    gradient_combine,
+    gradient_gram,
+    heads,
+    heads_loss,
+    mlp_adapt,
+    mlp_adapt_mean,
+    sgd_step,
+)
 
 if _library.build_info() is None:
     pytest.skip(_library.native_status(), allow_module_level=True)
@@ -315,3 +324,38 @@ def test_bad_heads(changed, error, text):
     call = dict(x=np.ones((3, 4)), y=np.zeros(3, np.int64), offsets=np.array([0, 1, 3]), weight=np.ones((2, 4)))
     with pytest.raises(error, match=re.escape(text)):
         mfn.heads_loss(**{**call, **changed})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tasks", [0, 1, 7])
+def test_gradients_in_the_same_bits_as_torch(dtype, tasks, rng):
+    gradients = [rng.standard_normal((tasks, *shape)).astype(dtype) for shape in ((3, 5), (), (70_001,), (0, 2))]
+    weights = rng.standard_normal(tasks).astype(dtype)
+    tensors = [torch.from_numpy(g) for g in gradients]
+    np.testing.assert_array_equal(mfn.gradient_gram(gradients), gradient_gram(tensors).numpy(), strict=True)
+    expected = gradient_combine(tensors, torch.from_numpy(weights))
+    turned = [np.asfortranarray(g) for g in gradients]
+    for mine, theirs in zip(mfn.gradient_combine(turned, weights), expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs.numpy(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "weights", "error", "text"),
+    [
+        (np.ones((2, 3)), np.ones(2), TypeError, "gradients must be a list of NumPy arrays, got ndarray"),
+        ([], np.ones(2), ValueError, "gradients must hold at least one tensor, got none"),
+        (
+            [np.ones((2, 3)), np.ones(3)],
+            np.ones(2),
+            ValueError,
+            "gradients[1] must be [T, ...] with the T of gradients",
+        ),
+        ([np.ones((2, 3)), np.ones(2, np.float32)], np.ones(2), ValueError, "gradients[1] must have the dtype of grad"),
+        ([np.ones((2, 3), np.int64)], np.ones(2), ValueError, "gradients must be float32 or float64"),
+        ([np.ones((2, 3))], np.ones(3), ValueError, "weights must be [T=2] of the dtype of gradients, got shape [3]"),
+        ([np.ones((2, 3))], [1, 2], TypeError, "weights[0] must be a NumPy array, got list"),
+    ],
+)
+def test_bad_gradients(gradients, weights, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        mfn.gradient_combine(gradients, weights)

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "gradients_check.h"
 #include "heads_check.h"
 #include "isa/choose.h"
 #include "mlp_adapt.h"
@@ -243,6 +244,43 @@ std::vector<py::array> heads_losses(const py::array& x, const std::optional<py::
                                          : heads_of<double>(call, &with, gradient);
 }
 
+template <class T>
+py::array gram_of(const GradientInputs& inputs) {
+  const auto leaves = inputs.leaves<T>([](size_t) { return nullptr; });
+  py::array_t<double> gram({inputs.tasks(), inputs.tasks()});
+  double* const to = gram.mutable_data();
+  {
+    py::gil_scoped_release release;
+    gradient_gram(inputs.view(leaves), to, Threads());
+  }
+  return gram;
+}
+
+py::array gradient_gram_of(const std::vector<py::array>& gradients) {
+  const GradientInputs inputs(arrays(gradients));
+  return inputs.is_float() ? gram_of<float>(inputs) : gram_of<double>(inputs);
+}
+
+template <class T>
+std::vector<py::array> combined(const GradientInputs& inputs, const py::array& weights) {
+  const T* w = inputs.weights<T>(array(weights));
+  std::vector<py::array> made;
+  const auto leaves = inputs.leaves<T>([&](size_t i) {
+    const Shape shape = inputs.task_shape(i);
+    py::array_t<T> x(std::vector<py::ssize_t>(shape.sizes, shape.sizes + shape.dim));
+    made.push_back(x);
+    return x.mutable_data();
+  });
+  py::gil_scoped_release release;
+  gradient_combine(inputs.view(leaves), w, Threads());
+  return made;
+}
+
+std::vector<py::array> gradient_combine_of(const std::vector<py::array>& gradients, const py::array& weights) {
+  const GradientInputs inputs(arrays(gradients));
+  return inputs.is_float() ? combined<float>(inputs, weights) : combined<double>(inputs, weights);
+}
+
 py::dict cpu_features() {
   py::dict result;
   result["runnable"] = isas_runnable();
@@ -262,6 +300,8 @@ PYBIND11_MODULE(_numpy, m) {
   def(&mtml::sgd_step<float>);
   def(&mtml::sgd_step<double>);
   m.def("mlp_adapt", &mtml::mlp_adapt, "Arguments as of the operator, then whether the gradient is wanted.");
+  m.def("gradient_gram", &mtml::gradient_gram_of, "M [T, T].");
+  m.def("gradient_combine", &mtml::gradient_combine_of, "The weighted sum of each leaf.");
   m.def("heads", &mtml::heads, "Arguments as of the operator.");
   m.def("heads_loss", &mtml::heads_losses, "Arguments as of the operator, then whether the gradients are wanted.");
   m.def(
