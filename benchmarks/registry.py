@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 import mtml_fast as mf
-from benchmarks.peers import HEADS_PEERS, INNER_PEERS, Build
+from benchmarks.peers import HEADS_PEERS, INNER_PEERS, SURGERY_PEERS, Build
 from benchmarks.peers.heads import Heads, bmm
+from benchmarks.peers.surgery import Gradients, loop, matmul
 from mtml_fast.cli import meta_step
 from mtml_fast.cli.meta_step import MetaStep
 from mtml_fast.cli.timing import Provider
-from mtml_fast.ops import heads_loss, sgd_step
+from mtml_fast.ops import gradient_combine, gradient_gram, heads_loss, sgd_step
 from mtml_fast.ops.sgd_step.reference import sgd_step as eager_sgd_step
 from mtml_fast.tasks import TaskBatch, TaskRows
 
-SUITES = ("inner", "heads", "sgd_step")
+SUITES = ("inner", "heads", "surgery", "sgd_step")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class Workload:
     exact: Callable[[], Sequence[Tensor]]  # in float64
     eager: Callable[[], Sequence[Tensor]]  # its error is the measure of everybody's
     operations: int | None = None
+    floor: Callable[[], object] | None = None  # who takes the least time, where memory is what limits
 
 
 def workloads(suite: str = "all") -> list[Workload]:
     chosen = SUITES if suite == "all" else (suite,)
-    return [w for name in chosen for w in {"inner": _inner, "heads": _heads, "sgd_step": _sgd_steps}[name]()]
+    made = {"inner": _inner, "heads": _heads, "surgery": _surgery, "sgd_step": _sgd_steps}
+    return [w for name in chosen for w in made[name]()]
 
 
 # the inner loop: forward, and backward to all parameters
@@ -179,6 +183,60 @@ def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows
         bmm(float32, None).call,
         operations,
     )
+
+
+# gradient surgery: from the gradients of T tasks to the one that a step follows
+
+
+def _surgery():
+    million, less = (600, 640, 640, 320), (128, 512, 384, 96)
+    for tasks, widths in ((3, million), (10, million), (40, less)):
+        for method in ("PCGrad", "UPGrad", "MGDA"):
+            yield _surgery_of(tasks, widths, method)
+
+
+def _surgery_of(tasks: int, widths: tuple[int, ...], method: str) -> Workload:
+    # drawn when they are asked for, and kept for one workload at a time
+    float32 = lambda: Gradients(_drawn_gradients(tasks, widths), method)  # noqa: E731
+    float64 = lambda: Gradients([leaf.double() for leaf in _drawn_gradients(tasks, widths)], method)  # noqa: E731
+
+    def ours(_) -> Provider:
+        problem = float32()
+        return Provider(
+            lambda: gradient_combine(problem.leaves, problem.weights(gradient_gram(problem.leaves)).float())
+        )
+
+    size = sum((i + 1) * o for i, o in itertools.pairwise(widths))
+    # for the others the weights are ours: tests hold them against the methods' optimality conditions
+    exact = loop if method == "PCGrad" else matmul
+    peers = {name: build for name, build in SURGERY_PEERS.items() if name != "loop" or method == "PCGrad"}
+    return Workload(
+        "surgery",
+        "gradient_gram",
+        f"{method} T={tasks} P={size:,}",
+        "forward",
+        {"mtml_fast": ours},
+        {name: lambda settings, build=build: build(float32(), settings) for name, build in peers.items()},
+        lambda: exact(float64(), None).call(),
+        lambda: matmul(float32(), None).call(),
+        # once for the Gram matrix, once for the sum
+        floor=lambda: [leaf.sum() for _ in range(2) for leaf in float32().leaves],
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn_gradients(tasks: int, widths: tuple[int, ...]) -> list[Tensor]:
+    """Of an MLP's parameters. Half of the pairs of tasks agree, half conflict; lengths differ threefold."""
+    draws = torch.Generator().manual_seed(0)
+    lengths = 0.5 + torch.rand(tasks, generator=draws)
+    signs = 1 - 2 * (torch.arange(tasks) % 2)
+
+    def leaf(*shape: int) -> Tensor:
+        own, common = torch.randn(tasks, *shape, generator=draws), torch.randn(shape, generator=draws)
+        each = (tasks, *[1] * len(shape))
+        return lengths.view(each) * (own + 0.5 * signs.view(each) * common)
+
+    return [leaf(*shape) for i, o in itertools.pairwise(widths) for shape in ((o, i), (o,))]
 
 
 # one step on a whole parameter tree

@@ -3,7 +3,8 @@
 Providers of a workload take turns, after a correctness gate against float64: a speed is never reported for a wrong
 result. On one thread the clock is thread CPU time (process CPU time for JAX, which has a process of its own), else wall
 time. Every factor is shown, losses too. The floor is the time that the counted operations would take at the peak that
-was measured in the same run. MTML_FAST_ISA=avx2 holds everybody to AVX2.
+was measured in the same run; where memory is what limits, a call of torch's that does no more than read, timed in turns
+with the others. MTML_FAST_ISA=avx2 holds everybody to AVX2.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 import mtml_fast
-from benchmarks.peers import HEADS_PEERS, INNER_PEERS, Settings, Unavailable
+from benchmarks.peers import PEERS, Settings, Unavailable
 from benchmarks.registry import SUITES, Workload, workloads
 from benchmarks.verify import gate
 from mtml_fast.cli.timing import Provider, measure, peak, quantile
@@ -31,6 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("op", "provider", "mode", "case", "unit", "q20", "q50", "q80", "n", "device", "threads", "clock")
 COLUMNS += ("served_by", "isa", "torch", "version", "commit", "timestamp")
 COLUMNS += ("suite", "run", "error", "floor_ms", "peak_gflops", "compile_s", "provider_version", "note")
+# the load average when the run began
+COLUMNS += ("load",)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,9 +67,7 @@ def _options(arguments):
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="workloads with this in their name")
-    parser.add_argument(
-        "--peers", type=_names, help=f"some of eager, {', '.join({**INNER_PEERS, **HEADS_PEERS})}; none for ours alone"
-    )
+    parser.add_argument("--peers", type=_names, help=f"some of {', '.join(PEERS)}; none for ours alone")
     parser.add_argument("--seconds", type=float, default=0.5, help="at least so long for each provider")
     parser.add_argument("--compile-limit", type=float, default=180.0, help="seconds that torch.compile may take")
     parser.add_argument("--jax", metavar="PYTHON", help="a Python that has JAX, else MTML_FAST_JAX_PYTHON")
@@ -74,11 +75,9 @@ def _options(arguments):
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads must be 1 or more, got {options.threads}")
-    unknown = {*(options.peers or [])} - {"eager", "none", *INNER_PEERS, *HEADS_PEERS}
+    unknown = {*(options.peers or [])} - {"none", *PEERS}
     if unknown:
-        parser.error(
-            f"--peers must be some of eager, {', '.join({**INNER_PEERS, **HEADS_PEERS})}, got {min(unknown)!r}"
-        )
+        parser.error(f"--peers must be some of {', '.join(PEERS)}, got {min(unknown)!r}")
     return options
 
 
@@ -105,11 +104,17 @@ def time_workload(
                 failed[name] = str(why), why.recorded
         errors, wrong = gate(workload, providers)
         failed |= {name: (why, True) for name, why in wrong.items()}
-        times = measure({n: p for n, p in providers.items() if n not in wrong}, seconds, settings.threads)
+        right = {n: p for n, p in providers.items() if n not in wrong}
+        if workload.floor:
+            right["floor"] = Provider(workload.floor)
+        times = measure(right, seconds, settings.threads)
     finally:
         for provider in providers.values():
             provider.close()
 
+    if workload.floor:
+        floor = quantile(times["floor"], 0.5)
+        print(f"  {'floor':20} {floor:10.3f} ms")
     rows = []
     ours = quantile(times[next(iter(workload.ours))], 0.5)
     for name in builds:
@@ -181,6 +186,7 @@ def _facts(threads: int) -> dict:
         version=mtml_fast.__version__,
         commit=commit,
         run=_now(),
+        load=f"{os.getloadavg()[0]:.1f}",
         peak_gflops=round(peak(threads) / 1e9, 1),
     )
 

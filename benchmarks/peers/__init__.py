@@ -1,4 +1,4 @@
-"""Who else computes a meta-step: each in its best idiom, and a reason in one line where somebody cannot."""
+"""Who else computes the same: each in its best idiom, and a reason in one line where somebody cannot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mtml_fast.cli.timing import Provider
 
-__all__ = ["HEADS_PEERS", "INNER_PEERS", "Build", "Settings", "Unavailable"]
+__all__ = ["HEADS_PEERS", "INNER_PEERS", "PEERS", "SURGERY_PEERS", "Build", "Settings", "Unavailable"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 Build = Callable[[Settings], Provider]
 
 # below, since they use the names above
-from benchmarks.peers import eager, heads, jax_jit, loops  # noqa: E402
+from benchmarks.peers import eager, heads, jax_jit, loops, surgery  # noqa: E402
 
 INNER_PEERS = {
     "bmm": eager.bmm,
@@ -46,3 +46,10 @@ HEADS_PEERS = {
     "vmap": heads.vmap,
     "grouped_mm": heads.grouped_mm,
 }
+SURGERY_PEERS = {
+    "loop": surgery.loop,
+    "matmul": surgery.matmul,
+    "TorchJD": surgery.torchjd,
+}
+# names alone: a loop of one suite is not that of another
+PEERS = ("eager", *dict.fromkeys((*INNER_PEERS, *HEADS_PEERS, *SURGERY_PEERS)))
