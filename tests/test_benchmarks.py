@@ -12,7 +12,8 @@ import torch
 
 import mtml_fast as mf
 from benchmarks import report, run
-from benchmarks.peers import INNER_PEERS, Settings, Unavailable
+from benchmarks.peers import INNER_PEERS, SURGERY_PEERS, Settings, Unavailable
+from benchmarks.peers.surgery import Gradients, matmul
 from benchmarks.registry import workloads
 from benchmarks.verify import gate
 from mtml_fast.cli import main, meta_step
@@ -20,7 +21,7 @@ from mtml_fast.cli.meta_step import MetaStep
 from mtml_fast.cli.timing import Provider, largest_error, measure, peak
 
 # no compiler, no other environment, no libraries that are not installed
-PEERS = ("bmm", "torch.func", "eager")
+PEERS = ("bmm", "torch.func", "eager", "matmul")
 WORKLOADS = workloads()
 FACTS = dict.fromkeys(("device", "isa", "torch", "version", "commit"), "x")
 FACTS |= dict(threads=1, clock="thread CPU", run="2026-01-01T00:00:00+00:00", peak_gflops=100.0)
@@ -48,8 +49,15 @@ def test_providers_agree(workload):
 def test_workloads_have_names_of_their_own():
     names = [(w.op, w.case, w.mode) for w in WORKLOADS]
     assert len({*names}) == len(names)
-    assert {*report.HEADLINE} <= {w.case for w in WORKLOADS}
-    assert {*report.README_PEERS} <= {*INNER_PEERS}
+    for suite in report.SUITES:
+        workloads_of_suite = [w for w in WORKLOADS if w.suite == suite.name]
+        assert {*suite.headline} <= {w.case for w in workloads_of_suite}
+        assert {*suite.headline_peers} <= {*suite.peers}
+        for w in workloads_of_suite:
+            assert {*w.ours} <= {*suite.ours}
+            assert {*w.peers} <= {*suite.peers}
+            # one or the other
+            assert (w.operations is None) != (w.floor is None)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "bce"])
@@ -116,6 +124,42 @@ def test_libraries_that_loop(name, norm):
         assert "cannot be imported" in str(why)  # noqa: PT017
         pytest.skip(f"{name} {why}")
     assert largest_error(provider.results(), meta_step.exact(step)) < 1e-3
+
+
+def opposed_gradients(method):
+    """Two leaves of four tasks, in float64; some of the tasks conflict."""
+    common = torch.randn(5, 3, dtype=torch.float64)
+    signs = torch.tensor([1, -1, 1, -1.0])[:, None, None]
+    leaf = signs * common + torch.randn(4, 5, 3, dtype=torch.float64)
+    return Gradients([leaf, torch.randn(4, 7, dtype=torch.float64)], method)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("loop", "PCGrad"), ("TorchJD", "PCGrad"), ("TorchJD", "UPGrad"), ("TorchJD", "MGDA")]
+)
+def test_gradient_surgery_of_others(name, method):
+    problem = opposed_gradients(method)
+    try:
+        provider = SURGERY_PEERS[name](problem, Settings())
+    except Unavailable as why:
+        assert "cannot be imported" in str(why)  # noqa: PT017
+        pytest.skip(f"{name} {why}")
+    expected = matmul(problem, Settings()).results()
+    # the tasks conflict: their sum is another direction
+    assert largest_error([leaf.sum(0) for leaf in problem.leaves], expected) > 1e-3
+    for _ in range(2):
+        # its Frank-Wolfe stops at 1e-7 of a step
+        assert largest_error(provider.results(), expected) < (1e-4 if method == "MGDA" else 1e-6)
+
+
+def test_gradients_come_in_leaves_that_hold_as_many_numbers_as_the_name_says():
+    for workload in [w for w in WORKLOADS if w.suite == "surgery"]:
+        size = re.fullmatch(r"\w+ T=\d+ P=([\d,]+)", workload.case)[1]
+        results = workload.ours["mtml_fast"](Settings()).call()
+        assert len(results) == 6
+        assert sum(t.numel() for t in results) == int(size.replace(",", ""))
+        # twice the six leaves
+        assert len(workload.floor()) == 12
 
 
 @pytest.mark.skipif(Settings().jax is None, reason="no Python with JAX is named")
@@ -185,7 +229,7 @@ def saved_rows(tmp_path, workload, names=PEERS):
 
 
 def test_rows_and_tables(tmp_path, capsys):
-    workload = next(w for w in WORKLOADS if w.case == report.HEADLINE[0])
+    workload = next(w for w in WORKLOADS if w.case == report.INNER.headline[0])
     path = saved_rows(tmp_path, workload)
     path = saved_rows(tmp_path, workload)
     out = capsys.readouterr().out
@@ -201,28 +245,63 @@ def test_rows_and_tables(tmp_path, capsys):
         ours = row["provider"] in workload.ours
         assert row["provider_version"] == (mf.__version__ if ours else torch.__version__)
 
-    tables = report.measured(report.read([path]))
+    assert report.read([path], report.HEADS) == []
+    tables = report.measured(report.read([path], report.INNER))
     ((setting, (found,)),) = tables.items()
     assert str(setting) == "x, x, one thread"
-    text = report.readme_table(tables)
+    text = report.readme_table(report.INNER, tables)
     factor = found.ms("bmm") / found.ms("mtml_fast")
     assert f"{factor:.2f}x" in text or f"{factor:.0f}x" in text
     for name in ("mtml_fast", "mlp_adapt", "bmm", "torch.func"):
-        assert f"| {name}" in report.full_tables(tables)
+        assert f"| {name}" in report.full_tables(report.INNER, tables)
     report.picture(tables[setting], tmp_path / "a.png", "x")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("suite", [report.HEADS, report.SURGERY], ids=lambda suite: suite.name)
+def test_tables_of_the_other_suites(suite, tmp_path, capsys):
+    workload = next(w for w in WORKLOADS if w.case == suite.headline[0])
+    path = saved_rows(tmp_path, workload, ("loop", "bmm", "matmul"))
+    (printed,) = re.findall(r"^  mtml_fast .* (\d+) % of floor", capsys.readouterr().out, re.M)
+    tables = report.measured(report.read([path], suite))
+    ((found,),) = tables.values()
+    share = float(found.ours["floor_ms"]) / found.ms("mtml_fast")
+    assert 100 * share == pytest.approx(int(printed), abs=1)
+    header, _, line, *_ = report.readme_table(suite, tables).splitlines()
+    assert header.startswith(f"| {suite.title} | ours, ms | floor, ms | loop |")
+    factor = found.ms("loop") / found.ms("mtml_fast")
+    assert line.split(" | ")[3] == (f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x")
+    # who was not timed
+    assert line.endswith("- |")
+    table = report.full_tables(suite, tables)
+    assert "compiled in" not in table
+    assert ("to read all gradients twice" in table) == (suite is report.SURGERY)
+    widths = {line.count(" |") for line in table.splitlines() if line.startswith("| ")}
+    assert widths == {6}
+
+
+def test_tables_stand_between_the_marks_of_their_suite(tmp_path, capsys):
+    path = tmp_path / "page.md"
+    text = "a\n<!-- benchmarks heads -->\nold\n<!-- /benchmarks heads -->\nb\n"
+    path.write_text(text)
+    report.write(path, report.SURGERY, "new\n")
+    assert path.read_text() == text
+    assert "page.md has no lines <!-- benchmarks surgery -->" in capsys.readouterr().out
+    report.write(path, report.HEADS, "new\n")
+    assert path.read_text() == text.replace("old", "new")
+
+
 def test_a_wrong_peer_is_named_in_its_row(tmp_path, capsys):
-    workload = next(w for w in WORKLOADS if w.case == report.HEADLINE[0])
+    workload = next(w for w in WORKLOADS if w.case == report.INNER.headline[0])
     right = workload.peers["bmm"](Settings())
     wrong = {"bmm": lambda _: Provider(lambda: [2 * t for t in right.call()])}
     path = saved_rows(tmp_path, dataclasses.replace(workload, peers=wrong))
     assert "wrong by 1" in capsys.readouterr().out
-    ((found,),) = report.measured(report.read([path])).values()
+    tables = report.measured(report.read([path], report.INNER))
+    ((found,),) = tables.values()
     assert found.rows["bmm"]["note"].startswith("wrong by")
     assert found.rows["bmm"]["q50"] == ""
-    assert "wrong by" in report.full_tables(report.measured(report.read([path])))
+    assert "wrong by" in report.full_tables(report.INNER, tables)
 
 
 def test_the_last_run_of_a_workload_counts():
@@ -246,14 +325,14 @@ def test_old_rows_stay_as_they_are(tmp_path):
         run.append(path, [])
 
 
-def test_the_documentation_is_made_from_the_committed_rows():
-    tables = report.measured(report.read(run.RESULTS.glob("*.csv")))
-    made = {"docs/benchmarks.md": report.full_tables(tables), "README.md": report.readme_table(tables)}
+@pytest.mark.parametrize("suite", report.SUITES, ids=lambda suite: suite.name)
+def test_the_documentation_is_made_from_the_committed_rows(suite):
+    tables = report.measured(report.read(run.RESULTS.glob("*.csv"), suite))
+    made = {"docs/benchmarks.md": report.full_tables(suite, tables), "README.md": report.readme_table(suite, tables)}
     for name, table in made.items():
         text = (report.ROOT / name).read_text()
-        if name == "README.md" and not report.MARKED.search(text):
-            continue
-        assert table in text, f"{name}: run python -m benchmarks.report"
+        marked = f"<!-- benchmarks {suite.name} -->\n{table}<!-- /benchmarks {suite.name} -->"
+        assert marked in text, f"{name}: run python -m benchmarks.report"
 
 
 @pytest.mark.parametrize(
