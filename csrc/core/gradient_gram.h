@@ -42,7 +42,7 @@ MTML_INLINE Vector<double> load_wide(const T* from) {
 
 // columns of a block, in which T rows should fit the second cache: the pairs' sums are touched once a block
 inline int64_t block_columns(int64_t tasks) {
-  constexpr int64_t kElements = 1 << 16, kMost = 256, kLeast = 64;
+  constexpr int64_t kElements = 1 << 16, kMost = 512, kLeast = 64;
   const int64_t columns = (kElements / (tasks > 0 ? tasks : 1)) & -kLeast;
   return columns > kMost ? kMost : columns < kLeast ? kLeast : columns;
 }
