@@ -145,14 +145,16 @@ def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows
     task_index = torch.randint(0, tasks, (rows,), generator=draws)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(task_index, minlength=tasks).cumsum(0)])
     draw = lambda *shape: torch.randn(shape, generator=draws) / shape[-1] ** 0.5  # noqa: E731
-    x, y = torch.randn(rows, width, generator=draws), torch.randint(0, outputs, (rows,), generator=draws)
+    x, y = torch.randn(rows, width, generator=draws), torch.randint(0, max(outputs, 2), (rows,), generator=draws)
     parameters = [draw(tasks, outputs, hidden or width), draw(tasks, outputs)]
     parameters += [draw(tasks, hidden, width), draw(tasks, hidden)] if hidden else []
 
     def problem(dtype) -> Heads:
         leaves = [t.to(dtype).requires_grad_() for t in (x, *parameters)]
         leaves += [None] * (5 - len(leaves))
-        return Heads(leaves[0], y, offsets, task_index if unsorted else None, *leaves[1:])
+        return Heads(
+            leaves[0], y if outputs > 1 else y.to(dtype), offsets, task_index if unsorted else None, *leaves[1:]
+        )
 
     float32 = problem(torch.float32)
 
@@ -168,6 +170,7 @@ def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows
             hidden_weight=p.hidden_weight,
             hidden_bias=p.hidden_bias,
             task_index=p.task_index,
+            loss="cross_entropy" if outputs > 1 else "bce",
         )
 
     inner = hidden or 0

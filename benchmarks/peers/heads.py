@@ -14,10 +14,10 @@ from mtml_fast.cli.timing import Provider
 
 @dataclass(frozen=True)
 class Heads:
-    """T heads of equal widths over ragged rows, and their labels; cross-entropy, summed over the tasks."""
+    """T heads of equal widths over ragged rows, and their labels; cross-entropy, binary where the width is one."""
 
     x: Tensor  # [R, D]
-    y: Tensor  # [R]
+    y: Tensor  # [R], int64, or for a width of one floats
     offsets: Tensor  # [T + 1]
     task_index: Tensor | None  # [R]: the rows are in this order, and offsets those of the sorted ones
     weight: Tensor  # [T, C, H or D]
@@ -56,7 +56,7 @@ def loop(problem: Heads, _) -> Provider:
             if problem.hidden_weight is not None:
                 rows = F.relu(F.linear(rows, problem.hidden_weight[t], problem.hidden_bias[t]))
             z = F.linear(rows, problem.weight[t], problem.bias[t])
-            found.append(F.cross_entropy(z, labels) if len(labels) else z.sum())
+            found.append(_row_losses(z, labels).mean() if len(labels) else z.sum())
         return torch.stack(found)
 
     return Provider(problem.gradients(losses), torch.__version__)
@@ -80,7 +80,7 @@ def vmap(problem: Heads, _) -> Provider:
     def head(x, y, mask, weight, bias, *hidden):
         if hidden:
             x = F.relu(F.linear(x, *hidden))
-        values = F.cross_entropy(F.linear(x, weight, bias), y, reduction="none")
+        values = _row_losses(F.linear(x, weight, bias), y)
         return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
     def losses():
@@ -103,10 +103,16 @@ def grouped_mm(problem: Heads, _) -> Provider:
             x = F.relu(x)
         weight = F.pad(problem.weight, (0, 0, 0, missing)).mT.contiguous()
         z = F.grouped_mm(x, weight, offs=ends)[:, :outputs] + problem.bias[task_of]
-        values = F.cross_entropy(z, y, reduction="none")
+        values = _row_losses(z, y)
         return values.new_zeros(tasks).index_add(0, task_of, values) / problem.offsets.diff().clamp(min=1)
 
     return Provider(problem.gradients(losses), torch.__version__)
+
+
+def _row_losses(z: Tensor, y: Tensor) -> Tensor:
+    if z.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(z.squeeze(1), y, reduction="none")
+    return F.cross_entropy(z, y, reduction="none")
 
 
 def _rectangle(problem: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,5 +126,5 @@ def _rectangle(problem: Heads) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean(z: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-    values = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view_as(mask)
+    values = _row_losses(z.flatten(0, 1), y.flatten()).view_as(mask)
     return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
