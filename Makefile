@@ -34,17 +34,22 @@ format: $(VENV)/installed ## format Python and C++
 bench: build ## time the operators against PyTorch, and whoever else is there, on one thread
 	$(BIN)/python -m benchmarks.run --threads 1
 
-# the C++ core alone, without Python: random calls in every form, on threads
+# the C++ core alone, without Python: random calls in every form, on threads and for every instruction set
 CXX ?= g++
-SANITIZED := $(wildcard csrc/isa/*.cpp csrc/mlp_adapt*.cpp tests/native/mlp_adapt_fuzz.cpp)
+SANITIZED := $(wildcard csrc/isa/*.cpp csrc/gradients.cpp csrc/heads.cpp csrc/mlp_adapt*.cpp)
+FUZZ := $(wildcard tests/native/*_fuzz.cpp)
 sanitize: ## run the core's random calls under the address, undefined-behaviour and thread sanitizers
 	@mkdir -p build/sanitize
 	@for kind in address,undefined thread; do \
 	  flags="-std=c++17 -O1 -g -ffp-contract=fast -fno-math-errno -Wno-psabi -fsanitize=$$kind -fno-sanitize-recover=all"; \
-	  printf '%s\n' $(SANITIZED) | \
-	    xargs -P 2 -I{} sh -c "$(CXX) $$flags -Icsrc -c {} -o build/sanitize/\$$(basename {}).o" && \
-	  $(CXX) $$flags build/sanitize/*.o -pthread -o build/sanitize/fuzz && \
-	  echo "sanitize: $$kind" && build/sanitize/fuzz $(CONFIGURATIONS) $(SEED) || exit 1; \
+	  flags="$$flags -D_GLIBCXX_SANITIZE_VECTOR -Icsrc"; \
+	  printf '%s\n' $(SANITIZED) $(FUZZ) | \
+	    xargs -P 2 -I{} sh -c "$(CXX) $$flags -c {} -o build/sanitize/\$$(basename {}).o" || exit 1; \
+	  for program in $(notdir $(FUZZ:.cpp=)); do \
+	    $(CXX) $$flags $(patsubst %,build/sanitize/%.o,$(notdir $(SANITIZED))) build/sanitize/$$program.cpp.o \
+	      -pthread -o build/sanitize/$$program && \
+	    echo "sanitize: $$kind, $$program" && build/sanitize/$$program $(CONFIGURATIONS) $(SEED) || exit 1; \
+	  done; \
 	done
 
 cuda-check: ## compile every CUDA and Triton kernel without a GPU

@@ -4,49 +4,14 @@
 // `make sanitize` builds and runs it; arguments: number of configurations, seed.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <random>
 #include <stdexcept>
-#include <thread>
-#include <vector>
 
+#include "fuzz.h"
 #include "mlp_adapt.h"
 
 using namespace mtml;
 
 namespace {
-
-int failures = 0;
-std::string now;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
-}
-
-int num_threads = 1;
-
-Threads threads() {
-  return {num_threads,
-          [](int64_t copies, const std::function<void()>& work) {
-            std::vector<std::thread> others;
-            for (int64_t i = 1; i < copies; ++i) others.emplace_back(work);
-            work();
-            for (std::thread& thread : others) thread.join();
-          },
-          1};
-}
-
-struct Random {
-  std::mt19937_64 engine;
-  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-  double normal() { return std::normal_distribution<double>()(engine); }
-};
 
 // Everything that a call needs, in arrays of exactly the right size, so that a sanitizer sees every step outside.
 template <class T>
@@ -208,11 +173,6 @@ struct Problem {
 };
 
 template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
-template <class T>
 bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
   double scale = 1;
   for (const T x : a) scale = std::isfinite(x) ? std::max(scale, std::abs(double(x))) : scale;
@@ -311,11 +271,7 @@ void check_phases(Random& r) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int count = argc > 1 ? std::atoi(argv[1]) : 300;
-  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device{}();
-  for (int i = 0; i < count; ++i) {
-    now = "configuration " + std::to_string(i) + " of seed " + std::to_string(seed);
-    Random r{std::mt19937_64(seed + static_cast<uint64_t>(i))};
+  return run(argc, argv, [](int i, Random& r) {
     check_phases(r);
     if (i % 2) {
       Problem<float> p(r);
@@ -325,7 +281,5 @@ int main(int argc, char** argv) {
       check(p, r);
       check_gradient(p, r);
     }
-  }
-  std::printf("%d configurations, seed %llu: %d failures\n", count, static_cast<unsigned long long>(seed), failures);
-  return failures != 0;
+  });
 }
