@@ -249,6 +249,19 @@ def test_activation(native, dtype, name, rng):
         assert error.max() <= bound, f"{what} at {y[error.argmax()]}"
 
 
+def test_gelu_tanh_in_its_tail(native, dtype):
+    """y / (1 + exp(-v)), v = sqrt(8 / pi) (y + 0.044715 y^3): what v is wrong by shows in full where h is small."""
+    y = np.linspace(-6, -1, 5001).astype(dtype)
+    exact = y.astype(np.longdouble if dtype == np.float64 else np.float64)
+    v = np.sqrt(8 / (4 * np.arctan(exact.dtype.type(1)))) * (exact + exact**3 * 44715 / 1000000)
+    truth = exact / (1 + np.exp(-v))
+    (h, _, _) = native_activation(native, "gelu_tanh", y, y, y, y)
+    # four roundings of v, and those of the rest; of the truth too, where nothing is wider
+    bound = (np.finfo(dtype).eps + np.finfo(exact.dtype).eps) * (4 + 2 * np.abs(v))
+    error = np.abs(h / truth - 1) / bound
+    assert error.max() <= 1, f"{error.max():.2f} bounds at {y[error.argmax()]}"
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activation_at_kinks_and_ends(native, dtype, name):
     y = np.array([0, -0.0, 20, 50, -50, 700, -700, 1e4, -1e4, 1e30, -1e30, np.inf, -np.inf, np.nan, 1], dtype)

@@ -136,7 +136,7 @@ struct ActivationOf<Activation::kGeluTanh, T> : Smooth<ActivationOf<Activation::
   using V = Vector<T>;
   static constexpr bool kNeedsInput = true;
   static constexpr T kLinearPart = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
-  static constexpr T kCubicPart = T(0.0713548162726009);       // and times 0.044715
+  static constexpr T kCubicPart = T(0.07135481627260024878);   // and times 0.044715
   // y^2, but not infinite: the sigmoid is 0 or 1 long before
   static MTML_INLINE V square(V y) {
     constexpr T kFar = 1000;
