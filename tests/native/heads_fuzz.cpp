@@ -115,26 +115,26 @@ struct Problem {
 
   Results<T> run() const {
     const HeadsBatch<T> b = batch();
-    Results<T> to_check{room<T>(z_offsets[tasks]),
-                        room<T>(wants_d_q ? z_offsets[tasks] : 0),
-                        room<T>(tasks),
-                        room<T>(tasks),
-                        room_for_wanted(),
-                        room_for_wanted(),
-                        room_for_wanted(),
-                        room_for_wanted()};
-    heads_forward(b, to_check.z.data(), threads());
-    heads_backward(b, q.data(), pointers(to_check.backward), threads());
-    heads_double_backward(b, q.data(), pointers(cotangent), wants_d_q ? to_check.d_q.data() : nullptr,
-                          pointers(to_check.second), threads());
-    heads_loss(b, to(), to_check.losses.data(), d_losses.data(), pointers(to_check.of_loss), threads());
+    Results<T> results{room<T>(z_offsets[tasks]),
+                       room<T>(wants_d_q ? z_offsets[tasks] : 0),
+                       room<T>(tasks),
+                       room<T>(tasks),
+                       room_for_wanted(),
+                       room_for_wanted(),
+                       room_for_wanted(),
+                       room_for_wanted()};
+    heads_forward(b, results.z.data(), threads());
+    heads_backward(b, q.data(), pointers(results.backward), threads());
+    heads_double_backward(b, q.data(), pointers(cotangent), wants_d_q ? results.d_q.data() : nullptr,
+                          pointers(results.second), threads());
+    heads_loss(b, to(), results.losses.data(), d_losses.data(), pointers(results.of_loss), threads());
     // the losses alone, and their gradients for cotangents that come later
-    heads_loss<T>(b, to(), to_check.values.data(), nullptr, {}, threads());
-    expect(same_bits(to_check.values, to_check.losses), "losses alone");
-    heads_loss<T>(b, to(), to_check.values.data(), nullptr, pointers(to_check.scaled), threads());
-    expect(same_bits(to_check.values, to_check.losses), "losses without cotangents");
-    heads_scale(b, d_losses.data(), pointers(to_check.scaled), threads());
-    return to_check;
+    heads_loss<T>(b, to(), results.values.data(), nullptr, {}, threads());
+    expect(same_bits(results.values, results.losses), "losses alone");
+    heads_loss<T>(b, to(), results.values.data(), nullptr, pointers(results.scaled), threads());
+    expect(same_bits(results.values, results.losses), "losses without cotangents");
+    heads_scale(b, d_losses.data(), pointers(results.scaled), threads());
+    return results;
   }
 
  private:
