@@ -14,6 +14,7 @@ from mtml_fast import __version__
 from mtml_fast.ops import OPERATORS
 from mtml_fast.ops._check import cuda_device
 from mtml_fast.ops._library import build_info, native_status
+from mtml_fast.ops._triton import has_file, missing
 
 # all the variables there are: (name, what it does)
 VARIABLES = (
@@ -36,7 +37,7 @@ class Service:
 
     operator: str
     device: str
-    served_by: str  # "native" or "reference"
+    served_by: str  # "native", "triton" or "reference"
     why: str
 
 
@@ -51,7 +52,7 @@ def services() -> list[Service]:
     for device in ("cpu", "cuda"):
         for name, operator in sorted(OPERATORS.items()):
             by = operator.served_by(device)
-            found.append(Service(name, device, by, _why(by, device)))
+            found.append(Service(name, device, by, _why(name, by, device)))
     return found
 
 
@@ -78,9 +79,13 @@ def main() -> None:
         print(f"{name:20}  {'unset' if value is None else repr(value):12}  {does}")
 
 
-def _why(by: str, device: str) -> str:
+def _why(name: str, by: str, device: str) -> str:
     if by == "native":
         return "own kernels, forward and backward"
+    if by == "triton":
+        return "own kernels, forward and backward, compiled at the first call"
+    if device == "cuda" and has_file(name):
+        return f"its Triton kernels cannot run: {missing()}"
     if device == "cpu" and build_info() is None:
         return "the native library is not there"
     return "no kernel for it yet: PyTorch operations, right and slower"

@@ -21,7 +21,7 @@ def test_report():
 
 def test_services():
     served = {(s.operator, s.device): s.served_by for s in env.services()}
-    assert set(served.values()) <= {"native", "reference"}
+    assert set(served.values()) <= {"native", "triton", "reference"}
     assert {name for name, _ in served} == set(OPERATORS)
     # the tests run with the native library built
     assert served["sgd_step", "cpu"] == "native"

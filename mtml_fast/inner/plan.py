@@ -56,7 +56,7 @@ class Explanation:
 
     plan: str
     why: str
-    served_by: dict[str, str]  # operator -> "native" or "reference"
+    served_by: dict[str, str]  # operator -> "native", "triton" or "reference"
     tasks: int
     steps: int
     operations: int

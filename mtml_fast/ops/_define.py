@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from mtml_fast.ops import _triton
 from mtml_fast.ops._library import LIB
 from mtml_fast.ops._route import has_kernel, needs_reference, ordinary_dispatch
 
@@ -32,6 +33,8 @@ class Operator:
         self.differentiable: tuple[str, ...] = tuple(differentiable)
         # why there is no second derivative; None where there is one
         self.refuse: str | None = refuse
+        # whether Triton kernels serve CUDA devices
+        self.triton = False
         self._known: dict[str, bool] = {}
         namespace = torch.ops.mtml_fast
         self.forward = getattr(namespace, name).default
@@ -46,13 +49,18 @@ class Operator:
         return self.forward(*args)
 
     def served_by(self, device: str | torch.device) -> str:
-        """Who serves forward and backward on a device: "native" or "reference"."""
-        return "native" if self._native(torch.device(device).type) else "reference"
+        """Who serves forward and backward on a device: "native", "triton" or "reference"."""
+        kind = torch.device(device).type
+        if not self._native(kind):
+            return "reference"
+        return "triton" if kind == "cuda" and self.triton else "native"
 
     def _native(self, device_type: str) -> bool:
         if device_type not in self._known:
             names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
             self._known[device_type] = all(has_kernel(name, device_type) for name in names)
+            if device_type == "cuda" and not self._known[device_type]:
+                _triton.warn_of_missing(self.name)
         return self._known[device_type]
 
 
@@ -128,6 +136,7 @@ def define_op(
 
     LIB.impl(name, _kernel(reference), "CompositeExplicitAutograd")
     LIB.impl(f"{name}_backward", _kernel(backward_reference), "CompositeExplicitAutograd")
+    operator.triton = _triton.register(name, LIB)
     torch.library.register_fake(f"mtml_fast::{name}", fake, lib=LIB)
 
     def fake_backward(grad_outputs, *inputs_and_needs):

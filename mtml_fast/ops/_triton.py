@@ -1,0 +1,62 @@
+"""Triton kernels as the implementations of operators on CUDA devices.
+
+An operator with a file `ops/<op>/triton.py` has two functions there, `<op>` and `<op>_backward`, with the arguments of the
+operators of these names. They are registered where torch has CUDA and Triton is installed; both stay unloaded until the
+first call on a device. Elsewhere the reference serves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtml_fast.ops._route import has_kernel
+
+
+def register(name: str, library: torch.library.Library) -> bool:
+    """Give operator `name` its Triton kernels, if it has any, they can run and no others are there; whether it did."""
+    if not has_file(name) or missing() is not None or has_kernel(f"mtml_fast::{name}", "cuda"):
+        return False
+    for target in (name, f"{name}_backward"):
+        library.impl(target, implementation(name, target), "CUDA")
+    return True
+
+
+def has_file(name: str) -> bool:
+    """Whether there are Triton kernels for operator `name`."""
+    return (Path(__file__).parent / name / "triton.py").is_file()
+
+
+def missing() -> str | None:
+    """What Triton kernels lack to serve CUDA devices here, or `None`."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def warn_of_missing(name: str) -> None:
+    """Say that the reference serves operator `name` on CUDA devices, where it is for want of Triton."""
+    if has_file(name) and torch.version.cuda is not None:
+        warnings.warn(
+            f"mtml_fast: {name} runs on its PyTorch reference on CUDA devices, slower than its kernels: {missing()}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def implementation(name: str, target: str) -> Callable:
+    """The function `target` of ops/<name>/triton.py, on the device and the stream of its tensors."""
+
+    def kernel(*args):
+        module = importlib.import_module(f"mtml_fast.ops.{name}.triton")
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device_of(first):
+            return getattr(module, target)(*args)
+
+    return kernel
