@@ -1,8 +1,8 @@
 """Triton kernels as the implementations of operators on CUDA devices.
 
-An operator with a file `ops/<op>/triton.py` has two functions there, `<op>` and `<op>_backward`, with the arguments of the
-operators of these names. They are registered where torch has CUDA and Triton is installed; both stay unloaded until the
-first call on a device. Elsewhere the reference serves.
+A file `ops/<op>/triton.py` has two functions, `<op>` and `<op>_backward`, with the arguments of the operators of these
+names. They are registered where torch has CUDA and Triton is installed; file and Triton are imported at the first call
+on a device. Elsewhere the reference serves.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def launches(leaves: Sequence[Tensor], others: Sequence[Tensor], columns: int) -
     pairs = [pair for pair in zip(leaves, others, strict=True) if pair[0].numel()]
     for first in range(0, len(pairs), LEAVES.value):
         group = pairs[first : first + LEAVES.value]
-        sizes = [leaf[0].numel() for leaf, _ in group]
+        sizes = [leaf.numel() // leaf.shape[0] for leaf, _ in group]
         begins = [leaf.data_ptr() + 1 for leaf, _ in group]
         ends = [begin + size * leaf.element_size() for begin, size, (leaf, _) in zip(begins, sizes, group, strict=True)]
         addresses = [other.data_ptr() + 1 for _, other in group]
@@ -56,7 +56,8 @@ def launches(leaves: Sequence[Tensor], others: Sequence[Tensor], columns: int) -
 
 def columns_of_sums(leaves: Sequence[Tensor]) -> int:
     """The columns of a piece whose sums are kept: so many that there are neither too many pieces nor too few."""
-    tasks, columns = leaves[0].shape[0], sum(leaf[0].numel() for leaf in leaves)
+    tasks = leaves[0].shape[0]
+    columns = sum(leaf.numel() // tasks for leaf in leaves)
     return triton.next_power_of_2(max(LEAST_COLUMNS, COLUMNS_PER_TASK * tasks, triton.cdiv(columns, PIECES)))
 
 

@@ -84,10 +84,7 @@ def _gram(
         # of 32 bits, as there is one for each number of the tile
         there = lanes < (end - column).to(tl.int32)
         left = tl.load(above + column + lanes, mask=down_there & there, other=0.0).to(tl.float64)
-        if ALONE:
-            right = left
-        else:
-            right = tl.load(beside + column + lanes, mask=across_there & there, other=0.0).to(tl.float64)
+        right = left if ALONE else tl.load(beside + column + lanes, mask=across_there & there, other=0.0).to(tl.float64)
         sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee", out_dtype=tl.float64)
     to = partial + (first + tl.program_id(0)).to(tl.int64) * tasks * tasks
     down, across = down[:, None], across[None, :]

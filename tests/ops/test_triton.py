@@ -1,0 +1,230 @@
+"""The Triton kernels without a GPU: run by Triton's interpreter, compiled ahead of time, their launches counted."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtml_fast.ops import OPERATORS, _triton
+from tests.ops import triton_kernels
+
+ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parent
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def interpret(*arguments):
+    """pytest in a process of its own, in which the kernels run on the CPU: the variable must be set before they are."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.ops.triton_on_cpu", *map(str, arguments)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: int(count) for name, count in re.findall(r"(\w+) (\d+)(?:,|$)", last_line(done.stdout, "called: "))}
+
+
+def last_line(text, start):
+    return re.findall(f"{start}(.+)", text)[-1]
+
+
+@pytest.fixture
+def interpreter():
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip(f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", filter(_triton.has_file, OPERATORS))
+def test_battery_in_the_interpreter(name, interpreter):
+    """The operator's own battery, without the cases that take minutes there."""
+    called = interpret(TESTS / f"test_{name}.py", "-k", "battery and not wide and not T40")
+    assert called[name] > 50
+    assert called[f"{name}_backward"] > 50
+
+
+@needs_triton
+def test_many_leaves_in_the_interpreter(interpreter):
+    called = interpret(TESTS / "triton_in_interpreter.py")
+    assert set(called) == {t for name in filter(_triton.has_file, OPERATORS) for t in (name, f"{name}_backward")}
+
+
+@needs_triton
+@pytest.mark.parametrize("sm", triton_kernels.ARCHITECTURES)
+def test_every_kernel_compiles(sm):
+    """Without spilling registers, and with no more of them than recorded for this Triton."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    table, found = triton_kernels.recorded(), []
+    for name, launch in triton_kernels.all_launches().items():
+        result = triton_kernels.compiled(launch, sm)
+        found += triton_kernels.complaints(name, sm, result, table.get((version, name, sm)))
+        if name.startswith("_gram"):
+            # the products are those of the tensor cores, in float64
+            assert re.search(r"mma\.sync\S*f64", result.ptx), name
+    assert not found, "\n".join(found)
+
+
+def test_complaints():
+    fine = triton_kernels.Compiled(registers=32, stack=0, shared=128, ptx="")
+    assert triton_kernels.complaints("k", 90, fine, None) == []
+    assert triton_kernels.complaints("k", 90, fine, (32, 128)) == []
+    assert "32 registers" in triton_kernels.complaints("k", 90, fine, (31, 128))[0]
+    assert "recorded are 32 and 127" in triton_kernels.complaints("k", 90, fine, (32, 127))[0]
+    bad = triton_kernels.Compiled(registers=255, stack=8, shared=1 << 16, ptx="")
+    assert [c.split(" for ")[0] for c in triton_kernels.complaints("k", 80, bad, None)] == ["k", "k"]
+
+
+def launched(function, *arguments):
+    with triton_kernels.noted() as launches:
+        function(*arguments)
+    return [(launch.kernel.__name__, launch.grid) for launch in launches]
+
+
+@needs_triton
+def test_launches():
+    """One for sixteen leaves that are not empty, and one to add up what is summed."""
+    from mtml_fast.ops.gradient_combine import triton as combine
+    from mtml_fast.ops.gradient_gram import triton as gram
+
+    tasks = 20
+    leaves = [torch.ones(tasks, *shape) for shape in ((700,), (0,), (), (3, 400), *[(2,)] * 30)]
+    weights, q, square = torch.ones(tasks), [leaf[0].clone() for leaf in leaves], torch.ones(tasks, tasks).double()
+    # 33 leaves; pieces of 64 columns for each of 20 tasks, to the next power of two
+    pieces = (1 + 1 + 1 + 13, 16, 1)
+    assert launched(gram.gradient_gram, leaves) == [*[("_gram", (n, 1, 1)) for n in pieces], ("_add_up", (100,))]
+    # of 1,024 and of 256 columns
+    assert launched(gram.gradient_gram_backward, [square], leaves, [True] * 34) == [
+        ("_gram_backward", (n, 1)) for n in (1 + 1 + 2 + 13, 16, 1)
+    ]
+    tiles = (3 + 1 + 5 + 13, 16, 1)
+    assert launched(combine.gradient_combine, leaves, weights) == [("_combine", (n,)) for n in tiles]
+    assert launched(combine.gradient_combine_backward, q, leaves, weights, [True] * 35) == [
+        *[("_spread", (n,)) for n in tiles],
+        *[("_dots", (n, 3)) for n in pieces],
+        ("_add_up", (5,)),
+    ]
+    # only what is needed
+    needs = [i == 3 for i in range(34)]
+    assert launched(gram.gradient_gram_backward, [square], leaves, needs) == [("_gram_backward", (2, 1))]
+    assert launched(combine.gradient_combine_backward, q, leaves, weights, [*needs, False]) == [("_spread", (5,))]
+    # nothing to read: the sums are zero all the same
+    assert launched(gram.gradient_gram, leaves[1:2]) == [("_add_up", (100,))]
+    assert launched(combine.gradient_combine, leaves[1:2], weights) == []
+    none = [torch.ones(0, 3)]
+    assert launched(gram.gradient_gram, none) == []
+    assert launched(combine.gradient_combine_backward, q[:1], none, weights[:0], [False, True]) == []
+    # 11 million columns are about a thousand pieces
+    (_, (pieces, *_)), _ = launched(gram.gradient_gram, [torch.empty(10, 11_000_000, device="meta")])
+    assert pieces == 672
+
+
+@needs_triton
+def test_one_kernel_for_all_leaves():
+    """Triton makes kernels of their own for small numbers, for 1 and for multiples of 16: no address is one of them."""
+    launches = triton_kernels.all_launches().values()
+    tables = [v for launch in launches for v in launch.arguments.values() if isinstance(v, tuple)]
+    assert len(tables) > 0
+    assert all(len(table) == 16 and all(a % 2 == 1 and a >= 2**31 for a in table) for table in tables)
+    for launch in launches:
+        special = {p.name for p in launch.kernel.params if not (p.do_not_specialize or p.is_constexpr)}
+        assert not any(isinstance(launch.arguments[name], int) for name in special), launch.kernel.__name__
+
+
+@needs_triton
+def test_nothing_is_read_back():
+    """No value comes to the host and none is copied to the device, which is what capturing a graph asks for."""
+    from mtml_fast.ops.gradient_combine import triton as combine
+    from mtml_fast.ops.gradient_gram import triton as gram
+
+    class Called(TorchDispatchMode):
+        names: set = set()  # noqa: RUF012
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    leaves, weights = [torch.ones(3, 5), torch.ones(3)], torch.ones(3)
+    with Called() as called, triton_kernels.noted():
+        gram.gradient_gram(leaves)
+        gram.gradient_gram_backward([torch.ones(3, 3)], leaves, [True, True])
+        combine.gradient_combine(leaves, weights)
+        combine.gradient_combine_backward([torch.ones(5), torch.ones(())], leaves, weights, [True, True, True])
+    # `ones` are this test's own, `add` and the transpose are the cotangent's and its mirror image's
+    assert called.names <= {"new_empty", "empty", "empty_like", "ones", "transpose", "add"}
+
+
+class Registered:
+    """Takes the place of the operator library."""
+
+    def __init__(self):
+        self.calls = []
+
+    def impl(self, target, function, key):
+        self.calls.append((target, key))
+
+
+def test_registered_where_they_can_run(monkeypatch):
+    name = "gradient_gram"
+    monkeypatch.setattr(_triton, "has_kernel", lambda *_: False)
+    cases = [
+        (None, True, "torch is built without CUDA"),
+        ("13.0", False, "Triton is not installed"),
+        ("13.0", True, None),
+    ]
+    for cuda, installed, reason in cases:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _, installed=installed: installed or None)
+        library = Registered()
+        assert _triton.missing() == reason
+        assert _triton.register(name, library) == (reason is None)
+        assert library.calls == ([(name, "CUDA"), (f"{name}_backward", "CUDA")] if reason is None else [])
+    assert not _triton.register("an_operator_without_them", library)
+    monkeypatch.setattr(_triton, "has_kernel", lambda *_: True)
+    assert not _triton.register(name, library), "C++ comes first"
+
+
+def test_one_warning_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    # a torch without CUDA has no devices to be slow on
+    monkeypatch.setattr(torch.version, "cuda", None)
+    _triton.warn_of_missing("gradient_gram")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(OPERATORS["gradient_gram"]._known, "cuda", None)
+    del OPERATORS["gradient_gram"]._known["cuda"]
+    with pytest.warns(RuntimeWarning, match="gradient_gram runs on its PyTorch reference.*Triton is not installed"):
+        assert OPERATORS["gradient_gram"].served_by("cuda") == "reference"
+    assert OPERATORS["gradient_gram"].served_by("cuda") == "reference"
+
+
+CUDA_TORCH = """
+import sys, torch
+torch.version.cuda = "13.0"
+from mtml_fast import env
+for s in env.services():
+    if s.device == "cuda":
+        print(s.operator, s.served_by)
+print(sorted(name for name in sys.modules if "triton" in name and name.startswith("mtml_fast")), "triton" in sys.modules)
+"""
+
+
+@needs_triton
+def test_import_loads_no_kernels():
+    """Even where they serve: a torch that says it has CUDA stands for one that has."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CUDA_TORCH], env=environment, capture_output=True, text=True, cwd=ROOT)
+    *served, modules = done.stdout.splitlines()
+    assert modules == "['mtml_fast.ops._triton'] False", done.stderr
+    served = dict(line.split() for line in served)
+    assert served["gradient_gram"] == served["gradient_combine"] == "triton"
+    assert served["sgd_step"] == "reference"

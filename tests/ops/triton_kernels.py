@@ -1,0 +1,181 @@
+"""Every Triton kernel as it is launched, compiled ahead of time for GPUs that need not be there.
+
+    python -m tests.ops.triton_kernels              compile all, print registers and shared memory, fail if they rose
+    python -m tests.ops.triton_kernels --record     and keep these as the table of this Triton
+
+A kernel's arguments are those of a real call on CPU tensors, during which launches are noted and not made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TABLE = Path(__file__).with_suffix(".csv")
+COLUMNS = ("triton", "kernel", "sm", "registers", "shared_bytes")
+ARCHITECTURES = (80, 90)
+# several programs are to fit a processor, which has 164 KB on sm_80
+MOST_SHARED = 48 << 10
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was noted."""
+
+    kernel: object  # triton.runtime.JITFunction
+    arguments: dict
+    options: dict
+    grid: tuple[int, ...]
+
+    def __str__(self) -> str:
+        constants = (f"{name}={self.arguments[name]}" for name in self.constants)
+        return f"{self.kernel.__name__}[{' '.join([*constants, self.types])}]"
+
+    @property
+    def constants(self) -> list[str]:
+        return [p.name for p in self.kernel.params if p.is_constexpr]
+
+    @property
+    def types(self) -> str:
+        """Element types of the tensors among the arguments."""
+        return " ".join(type_of(v)[1:] for v in self.arguments.values() if isinstance(v, torch.Tensor))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel takes of a GPU's processor."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[Launch]]:
+    """The launches inside a `with` block, none of which is made."""
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        values = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        arguments = {name: values.pop(name) for name in self.arg_names}
+        launches.append(Launch(self, arguments, values, tuple(grid)))
+
+    before, JITFunction.run = JITFunction.run, run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = before
+
+
+def all_launches() -> dict[str, Launch]:
+    """Each kernel in each of its variants: element types and sizes of tiles."""
+    from mtml_fast.ops.gradient_combine import triton as combine
+    from mtml_fast.ops.gradient_gram import triton as gram
+
+    with noted() as launches:
+        for dtype in (torch.float32, torch.float64):
+            # a small tile, a large one, several
+            for tasks in (3, 20, 40):
+                leaves = [torch.ones(tasks, 5, dtype=dtype)]
+                weights, cotangents = torch.ones(tasks, dtype=dtype), [leaves[0][0]]
+                gram.gradient_gram(leaves)
+                gram.gradient_gram_backward([torch.ones(tasks, tasks, dtype=torch.float64)], leaves, [True])
+                combine.gradient_combine(leaves, weights)
+                combine.gradient_combine_backward(cotangents, leaves, weights, [True, True])
+    return {str(launch): launch for launch in launches}
+
+
+def compiled(launch: Launch, sm: int) -> Compiled:
+    """A launch's kernel for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: type_of(value) for name, value in launch.arguments.items()}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature={**types, **dict.fromkeys(launch.constants, "constexpr")},
+        constexprs={name: launch.arguments[name] for name in launch.constants},
+    )
+    result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", said).groups())
+    return Compiled(registers, stack, result.metadata.shared, result.asm["ptx"])
+
+
+def type_of(value) -> str | tuple:
+    """The type of an argument in Triton's words."""
+    if isinstance(value, torch.Tensor):
+        return {torch.float32: "*fp32", torch.float64: "*fp64"}[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(map(type_of, value))
+    return "i32" if isinstance(value, int) and value < 2**31 else "i64"
+
+
+def recorded() -> dict[tuple[str, str, int], tuple[int, int]]:
+    """(Triton's version, kernel, architecture) -> (registers, bytes of shared memory)."""
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {(r["triton"], r["kernel"], int(r["sm"])): (int(r["registers"]), int(r["shared_bytes"])) for r in rows}
+
+
+def complaints(name: str, sm: int, result: Compiled, limits: tuple[int, int] | None) -> list[str]:
+    """What is wrong with a compiled kernel; `limits` are those recorded, if any are for this Triton."""
+    found = []
+    if result.stack:
+        found.append(f"{name} for sm_{sm} spills registers: {result.stack} bytes")
+    if result.shared > MOST_SHARED:
+        found.append(f"{name} for sm_{sm} takes {result.shared} bytes of shared memory, more than {MOST_SHARED}")
+    if limits and (result.registers > limits[0] or result.shared > limits[1]):
+        found.append(
+            f"{name} for sm_{sm} takes {result.registers} registers and {result.shared} bytes of shared memory, "
+            f"recorded are {limits[0]} and {limits[1]}: mend it, or record it with --record"
+        )
+    return found
+
+
+def main(record: bool) -> int:
+    """Compile, print and compare; the number of complaints."""
+    if importlib.util.find_spec("triton") is None:
+        print("cuda-check: left out are the Triton kernels: Triton is not installed")
+        return 0
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    table, mine, found = recorded(), {}, []
+    print(f"Triton {triton.__version__}\n{'registers':>9}  {'shared':>6}  kernel")
+    for name, launch in all_launches().items():
+        for sm in ARCHITECTURES:
+            result = compiled(launch, sm)
+            print(f"{result.registers:9}  {result.shared:6}  sm_{sm} {name}")
+            mine[version, name, sm] = (result.registers, result.shared)
+            found += complaints(name, sm, result, None if record else table.get((version, name, sm)))
+    if record:
+        kept = {key: value for key, value in table.items() if key[0] != version}
+        with TABLE.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows([*key, *value] for key, value in sorted({**kept, **mine}.items()))
+    print("\n".join(found) or f"cuda-check: {len(mine)} Triton kernels compile, none spills")
+    return len(found)
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main("--record" in sys.argv[1:])))

@@ -1,0 +1,39 @@
+"""Puts the Triton kernels in the place of the native ones on the CPU: a plugin of pytest, for TRITON_INTERPRET=1.
+
+    TRITON_INTERPRET=1 python -m pytest -p tests.ops.triton_on_cpu tests/ops/test_gradient_gram.py -k battery
+
+The interpreter runs a program after the other, in NumPy, on the memory of the CPU.
+"""
+
+import os
+import warnings
+from collections import Counter
+
+from mtml_fast.ops import OPERATORS, _triton
+from mtml_fast.ops._library import LIB
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "the CPU cannot run what Triton compiles: set TRITON_INTERPRET=1"
+
+_calls = Counter()
+
+
+def _counted(name: str, target: str):
+    kernel = _triton.implementation(name, target)
+
+    def call(*args):
+        _calls[target] += 1
+        return kernel(*args)
+
+    return call
+
+
+with warnings.catch_warnings():
+    # that a kernel is replaced is what is wanted
+    warnings.simplefilter("ignore", UserWarning)
+    for _name in filter(_triton.has_file, OPERATORS):
+        for _target in (_name, f"{_name}_backward"):
+            LIB.impl(_target, _counted(_name, _target), "CPU", allow_override=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("Triton kernels called: " + ", ".join(f"{k} {n}" for k, n in sorted(_calls.items())))
