@@ -1,5 +1,7 @@
-"""What the battery's cases are too small for, run by test_triton.py in the interpreter: more leaves than a launch takes,
-more than one piece of a leaf, more than one block of tasks."""
+"""What the battery's cases are too small for, run by test_triton.py in the interpreter.
+
+More leaves than a launch takes, more than one piece of a leaf, more than one block of tasks.
+"""
 
 import pytest
 import torch
@@ -23,12 +25,8 @@ def test_more_than_one_of_everything(tasks, dtype):
         inputs = [t.clone().requires_grad_() for t in (*leaves, weights)]
         *xs, w = inputs
         gram, combined = gradient_gram(xs), gradient_combine(xs, w)
-        return [
-            gram,
-            *combined,
-            *torch.autograd.grad(gram, xs, d_gram),
-            *torch.autograd.grad(combined, inputs, d_combined),
-        ]
+        gradients = [*torch.autograd.grad(gram, xs, d_gram), *torch.autograd.grad(combined, inputs, d_combined)]
+        return [t.detach() for t in (gram, *combined, *gradients)]
 
     with backend("operator"):
         mine = results(leaves, weights, d_combined)
@@ -39,6 +37,6 @@ def test_more_than_one_of_everything(tasks, dtype):
     for i, (a, b, c) in enumerate(zip(mine, again, exact, strict=True)):
         assert torch.equal(a, b), f"result {i} has other bits the second time"
         # sums are float64 and rounded once, to a.dtype
-        size = c.abs().max() if c.numel() else 0.0
+        size = float(c.abs().max()) if c.numel() else 0.0
         atol = 1e-13 * (1 + size) + torch.finfo(a.dtype).eps * size
-        torch.testing.assert_close(a.double(), c, rtol=0, atol=float(atol), msg=lambda m, i=i: f"result {i}: {m}")
+        torch.testing.assert_close(a.double(), c, rtol=0, atol=atol, msg=lambda m, i=i: f"result {i}: {m}")
