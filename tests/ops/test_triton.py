@@ -1,5 +1,6 @@
 """The Triton kernels without a GPU: run by Triton's interpreter, compiled ahead of time, their launches counted."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -74,6 +75,25 @@ def test_every_kernel_compiles(sm):
             # the products are those of the tensor cores, in float64
             assert re.search(r"mma\.sync\S*f64", result.ptx), name
     assert not found, "\n".join(found)
+
+
+@needs_triton
+def test_no_kernel_is_left_out():
+    """What is compiled here is all there is."""
+    from triton.runtime.jit import JITFunction
+
+    files = sorted((ROOT / "mtml_fast/ops").glob("*/triton.py"))
+    modules = [importlib.import_module(f"mtml_fast.ops.{file.parent.name}.triton") for file in files]
+    # what is called by kernels and not launched has a public name
+    there = {
+        (module.__name__, name)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.startswith("_") and value.fn.__module__ == module.__name__
+    }
+    noted = {(launch.kernel.fn.__module__, launch.kernel.__name__) for launch in triton_kernels.all_launches().values()}
+    assert len(files) >= 3
+    assert noted == there
 
 
 def test_complaints():
