@@ -52,7 +52,7 @@ sanitize: ## run the core's random calls under the address, undefined-behaviour 
 	  done; \
 	done
 
-cuda-check: $(VENV)/installed ## compile every CUDA and Triton kernel without a GPU
+cuda-check: build ## compile every CUDA and Triton kernel without a GPU
 	@test -z "$$(find csrc -name '*.cu')" || { echo "cuda-check: kernels without a check"; exit 1; }
 	$(BIN)/python -m tests.ops.triton_kernels
 
