@@ -25,7 +25,9 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 def interpret(*arguments):
     """pytest in a process of its own, in which the kernels run on the CPU: the variable must be set before they are."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.ops.triton_on_cpu", *map(str, arguments)]
+    # of the interpreter of Triton 3.6 itself
+    quiet = ["-W", "ignore:Conversion of an array with ndim:DeprecationWarning"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.ops.triton_on_cpu", *quiet, *map(str, arguments)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
