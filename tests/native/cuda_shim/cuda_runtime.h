@@ -1,40 +1,43 @@
 // CUDA on a CPU, for tests: with this folder in front of the include path, g++ compiles a .cu as C++, and its kernels run
-// with one thread for each CUDA thread, a block after the other, in an order drawn at random.
+// with a fiber for each CUDA thread, one block after the other, threads and blocks in an order drawn at random.
 //
 // What it is strict about: shared memory is NaN before each block, and under AddressSanitizer poisoned behind the bytes
-// that the launch asked for; a shuffle orders no memory, so that ThreadSanitizer sees what only a barrier would order;
-// threads that wait at different barriers, or end while others wait, stop the program; launches that CUDA refuses are
-// refused. A stream records its launches.
+// that the launch asked for; to ThreadSanitizer each fiber is a thread, which nothing but a barrier orders: no shuffle,
+// no warp, no order of running; threads that wait at different barriers, or end while others wait, stop the program;
+// launches that CUDA refuses are refused. A stream records its launches.
 //
-// What it does not see: two blocks that write the same place, and what threads of a warp do in step.
+// What it does not see: two blocks that write the same place.
 #pragma once
 
 #include <cxxabi.h>
 #include <dlfcn.h>
-#include <sched.h>
+#include <ucontext.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
+#include <deque>
 #include <random>
 #include <set>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 #else
 #define ASAN_POISON_MEMORY_REGION(address, size) static_cast<void>(0)
 #define ASAN_UNPOISON_MEMORY_REGION(address, size) static_cast<void>(0)
 #endif
+// the shim's own work is not the kernel's
+#define CUDA_SHIM_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 #define __global__
 #define __device__
@@ -74,8 +77,7 @@ inline std::string left_out;
 inline std::set<std::string> barriers;
 
 inline constexpr size_t kSharedBytes = 227 * 1024, kSharedWithoutAsking = 48 * 1024;
-inline thread_local dim3 thread_index, block_index;
-inline dim3 block_size, grid_size;
+inline dim3 thread_index, block_index, block_size, grid_size;
 inline cudaError_t last_error = cudaSuccess;
 inline std::set<const void*> may_use_more;
 
@@ -94,65 +96,172 @@ struct Site {
   }
 };
 
-inline constexpr Site kBegin{"begin", 0}, kEnd{"end", 0};
+enum State { kReady, kAtBarrier, kInExchange, kDone };
 
-// For all threads of a block; one that ends waits too, so that whoever waits elsewhere is found out.
-class Barrier {
- public:
-  void expect(unsigned threads) { threads_ = threads; }
-  void wait(const Site& site) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (waiting_ == 0) site_ = site;
-    if (site_.line != site.line || site_.file != site.file)
-      stop("threads of a block wait at " + site_.text() + " and at " + site.text());
-    if (++waiting_ == threads_) {
-      waiting_ = 0;
-      ++generation_;
-      barriers.insert(site.text());
-      condition_.notify_all();
-      return;
-    }
-    const uint64_t now = generation_;
-    condition_.wait(lock, [&] { return generation_ != now; });
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable condition_;
-  Site site_{};
-  unsigned threads_ = 0, waiting_ = 0;
-  uint64_t generation_ = 0;
+// A CUDA thread.
+struct Fiber {
+  static constexpr size_t kStackBytes = 256 * 1024;
+  unsigned index;
+  State state = kDone;
+  Site site{};
+  // the value that it hands to its warp
+  uint64_t value = 0;
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  void* sanitizer = nullptr;
 };
-inline Barrier barrier;
 
-inline void sync_threads(const Site& site) {
-  if (left_out.empty() || left_out != site.text()) barrier.wait(site);
+inline std::deque<Fiber> fibers;
+inline Fiber* running = nullptr;
+inline ucontext_t scheduler;
+inline void* scheduler_sanitizer = nullptr;
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_bytes = 0;
+inline void (*work)(void*) = nullptr;
+inline void* work_argument = nullptr;
+// what a barrier orders, and what the launch does: addresses for ThreadSanitizer
+inline char barrier_order, launch_order;
+
+inline void release(void* address) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(address);
+#else
+  static_cast<void>(address);
+#endif
+}
+inline void acquire(void* address) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(address);
+#else
+  static_cast<void>(address);
+#endif
 }
 
-// The values of a warp's lanes, 32 bits and the number of the exchange in one word. All loads and stores are relaxed: the
-// exchange itself is safe, and orders nothing else. Two sets suffice: a lane is never more than one exchange ahead.
-struct Warp {
-  std::atomic<uint64_t> words[2][32][2];
-};
-inline Warp warps[32];
-inline thread_local uint32_t exchange = 0;
+// From a fiber back to the scheduler, until that runs it again.
+CUDA_SHIM_UNSEEN inline void leave(State state, const Site& site) {
+  Fiber* self = running;
+  self->state = state;
+  self->site = site;
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(scheduler_sanitizer, __tsan_switch_to_fiber_no_sync);
+#elif defined(__SANITIZE_ADDRESS__)
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, scheduler_stack, scheduler_stack_bytes);
+#endif
+  swapcontext(&self->context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+CUDA_SHIM_UNSEEN inline void enter(Fiber& fiber) {
+  running = &fiber;
+  thread_index = dim3(fiber.index, 0, 0);
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(fiber.sanitizer, __tsan_switch_to_fiber_no_sync);
+#elif defined(__SANITIZE_ADDRESS__)
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.data(), Fiber::kStackBytes);
+#endif
+  swapcontext(&scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+// a fiber's life: one block after the other
+inline void live() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  while (true) {
+    acquire(&launch_order);
+    work(work_argument);
+    release(&launch_order);
+    leave(kDone, {"the end", 0});
+  }
+}
+
+inline void have_fibers(unsigned count) {
+  while (fibers.size() < count) {
+    Fiber& fiber = fibers.emplace_back();
+    fiber.index = static_cast<unsigned>(fibers.size() - 1);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = Fiber::kStackBytes;
+    makecontext(&fiber.context, live, 0);
+#if defined(__SANITIZE_THREAD__)
+    fiber.sanitizer = __tsan_create_fiber(0);
+#endif
+  }
+#if defined(__SANITIZE_THREAD__)
+  scheduler_sanitizer = __tsan_get_current_fiber();
+#endif
+}
+
+// whether all of [begin, end) wait for the same; those that do are ready then
+inline bool meet(unsigned begin, unsigned end, State state) {
+  for (unsigned t = begin; t < end; ++t)
+    if (fibers[t].state != state) return false;
+  const Site site = fibers[begin].site;
+  for (unsigned t = begin; t < end; ++t) {
+    const Site& other = fibers[t].site;
+    if (other.line != site.line || other.file != site.file)
+      stop("threads meet at " + site.text() + " and at " + other.text());
+    fibers[t].state = kReady;
+  }
+  if (state == kAtBarrier) barriers.insert(site.text());
+  return true;
+}
+
+// One block: each thread runs until it waits, in an order drawn anew each time.
+CUDA_SHIM_UNSEEN inline void run_block() {
+  const unsigned count = block_size.x;
+  std::vector<unsigned> turn(count);
+  for (unsigned t = 0; t < count; ++t) turn[t] = t, fibers[t].state = kReady;
+  release(&launch_order);
+  while (true) {
+    std::shuffle(turn.begin(), turn.end(), order);
+    for (const unsigned t : turn)
+      if (fibers[t].state == kReady) enter(fibers[t]);
+    bool go_on = meet(0, count, kAtBarrier);
+    for (unsigned t = 0; t < count; t += 32) go_on = meet(t, t + 32, kInExchange) || go_on;
+    if (go_on) continue;
+    const Fiber& first = fibers[0];
+    for (const Fiber& fiber : fibers)
+      if (fiber.index < count && fiber.state != first.state)
+        stop("a thread waits at " + first.site.text() + ", another at " + fiber.site.text());
+    break;
+  }
+  acquire(&launch_order);
+}
+
+inline void sync_threads(const Site& site) {
+  if (!left_out.empty() && left_out == site.text()) return;
+  release(&barrier_order);
+  leave(kAtBarrier, site);
+  acquire(&barrier_order);
+}
+
+// the value of another lane; orders nothing
+CUDA_SHIM_UNSEEN inline uint64_t from_lane(uint64_t value, unsigned lane, const Site& site) {
+  Fiber* self = running;
+  self->value = value;
+  leave(kInExchange, site);
+  const uint64_t result = fibers[self->index / 32 * 32 + lane].value;
+  // before anyone hands out the next
+  leave(kInExchange, site);
+  return result;
+}
 
 template <class T>
-T from_lane(T value, unsigned lane) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  uint32_t halves[2] = {0, 0};
-  std::memcpy(halves, &value, sizeof(T));
-  auto& words = warps[thread_index.x / 32].words[++exchange % 2];
-  for (int half = 0; half < 2; ++half)
-    words[thread_index.x % 32][half].store(uint64_t{exchange} << 32 | halves[half], std::memory_order_relaxed);
-  for (unsigned other = 0; other < 32; ++other) {
-    for (int half = 0; half < 2; ++half) {
-      uint64_t word;
-      while ((word = words[other][half].load(std::memory_order_relaxed)) >> 32 != exchange) sched_yield();
-      if (other == lane) halves[half] = static_cast<uint32_t>(word);
-    }
-  }
-  std::memcpy(&value, halves, sizeof(T));
+T from_lane(unsigned mask, T value, unsigned lane, const Site& site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (mask != ~0u) stop("a shuffle of a part of a warp at " + site.text());
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = from_lane(bits, lane, site);
+  std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
@@ -188,11 +297,8 @@ using cudaStream_t = shim::Stream*;
 extern unsigned char mtml_shared[];
 #define CUDA_SHIM_SHARED_MEMORY alignas(16) unsigned char mtml_shared[shim::kSharedBytes];
 
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  if (mask != ~0u) shim::stop("a shuffle of a part of a warp");
-  return shim::from_lane(value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes));
-}
+#define __shfl_xor_sync(mask, value, lanes) \
+  shim::from_lane(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes), {__FILE__, __LINE__})
 
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSuccess); }
 inline const char* cudaGetErrorName(cudaError_t error) {
@@ -220,29 +326,25 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void**
   std::vector<unsigned> blocks(grid.x);
   for (unsigned b = 0; b < grid.x; ++b) blocks[b] = b;
   std::shuffle(blocks.begin(), blocks.end(), shim::order);
-  for (auto& warp : shim::warps)
-    for (auto& set : warp.words)
-      for (auto& lane : set)
-        for (auto& word : lane) word.store(0, std::memory_order_relaxed);
   shim::block_size = block;
   shim::grid_size = grid;
-  shim::barrier.expect(block.x);
   ASAN_POISON_MEMORY_REGION(mtml_shared, shim::kSharedBytes);
   ASAN_UNPOISON_MEMORY_REGION(mtml_shared, shared_bytes);
-
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < block.x; ++t) {
-    threads.emplace_back([&, t] {
-      shim::thread_index = dim3(t, 0, 0);
-      for (const unsigned b : blocks) {
-        shim::block_index = dim3(b, 0, 0);
-        if (t == 0) std::memset(mtml_shared, 0xff, shared_bytes);
-        shim::barrier.wait(shim::kBegin);
-        shim::call(kernel, arguments, std::index_sequence_for<P...>{});
-        shim::barrier.wait(shim::kEnd);
-      }
-    });
+  struct Work {
+    void (*kernel)(P...);
+    void** arguments;
+  } work{kernel, arguments};
+  shim::work = [](void* x) {
+    const Work& w = *static_cast<Work*>(x);
+    shim::call(w.kernel, w.arguments, std::index_sequence_for<P...>{});
+  };
+  shim::work_argument = &work;
+  shim::have_fibers(block.x);
+  for (const unsigned b : blocks) {
+    shim::block_index = dim3(b, 0, 0);
+    // NaN in every type
+    std::memset(mtml_shared, 0xff, shared_bytes);
+    shim::run_block();
   }
-  for (std::thread& thread : threads) thread.join();
   return cudaSuccess;
 }
