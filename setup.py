@@ -1,9 +1,11 @@
-"""Builds the native part: mtml_fast/_C_cpu.so (torch operators) and mtml_fast/_numpy (the core on NumPy arrays).
+"""Builds the native part: mtml_fast/_C_cpu.so (torch operators) and mtml_fast/_numpy (the core on NumPy arrays); and
+mtml_fast/_C_cuda.so (torch operators on CUDA), where the installed torch has CUDA and its nvcc is there.
 
 MTML_FAST_BUILD=auto  native; pure Python where there is no compiler (the default)
 MTML_FAST_BUILD=1     native, or stop
 MTML_FAST_BUILD=0     pure Python
-Also read: CXX (the compiler), MAX_JOBS (parallel compilations).
+Also read: CXX (the compiler), MAX_JOBS (parallel compilations), CUDA_HOME (nvcc, else looked up in the PATH) and
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 """
 
 import os
@@ -28,13 +30,18 @@ FLAGS = shlex.split(
     "-ffp-contract=fast -fno-math-errno -fno-tree-vectorize"
 )
 
+NVCC_FLAGS = shlex.split("-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra")
+
 
 def library(name: str, folder: str) -> Extension:
-    """A native library: its own folder of csrc, and the core."""
-    patterns = (f"csrc/{folder}/*.cpp", "csrc/isa/*.cpp", "csrc/*.cpp")
+    """A native library: its own folder of csrc, and the core, which CUDA has in its kernels."""
+    patterns = (f"csrc/{folder}/*.cpp", f"csrc/{folder}/*.cu")
+    if folder != "cuda":
+        patterns += ("csrc/isa/*.cpp", "csrc/*.cpp")
     sources = sorted(str(f.relative_to(ROOT)) for pattern in patterns for f in ROOT.glob(pattern))
-    # `depends` puts the headers into source distributions; ninja finds out by itself who includes them
-    return Extension(name, sources, depends=sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*.h")))
+    # `depends` puts headers and all of CUDA into source distributions; ninja finds out by itself who includes them
+    others = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/cuda/*")]
+    return Extension(name, sources, depends=sorted({str(f.relative_to(ROOT)) for f in others}))
 
 
 def find_torch() -> Path | None:
@@ -79,12 +86,50 @@ def wants_native() -> bool:
     return True
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+
+
+def cuda_architectures() -> list[str]:
+    """As in torch's own builds: 8.0 9.0+PTX."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(";", " ").split()
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    """nvcc's options for them: machine code for each, and PTX, which later ones compile when they load it."""
+    flags = []
+    for architecture in architectures:
+        name, _, ptx = architecture.partition("+")
+        number = name.replace(".", "")
+        if not re.fullmatch(r"\d+[af]?", number) or ptx not in ("", "PTX"):
+            raise SystemExit(f"mtml_fast: TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {architecture!r} in it")
+        for code in (f"sm_{number}", f"compute_{number}")[: 2 if ptx else 1]:
+            flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+def wants_cuda() -> bool:
+    """Whether to build for CUDA too; says why not, where torch has it."""
+    found = re.search(r"""^cuda\b.*= *['"](\d+)[\d.]*['"]""", (find_torch() / "version.py").read_text(), re.MULTILINE)
+    if not found:
+        return False
+    nvcc = find_nvcc()
+    says = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    release = re.search(r"release (\d+)", says)
+    if not release or release[1] != found[1]:
+        has = f"nvcc is that of CUDA {release[1]}" if release else "there is no nvcc (PATH, CUDA_HOME)"
+        print(f"mtml_fast: no CUDA kernels: torch is built for CUDA {found[1]}, and {has}", file=sys.stderr)
+        return False
+    return True
+
+
 class NinjaBuild(build_ext):
-    """All files of both libraries in one ninja run: in parallel, and after an edit only what it touches."""
+    """All files of all libraries in one ninja run: in parallel, and after an edit only what it touches."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # a torch operator library: no Python symbol, hence no Python version in its name
-        if fullname.endswith("_C_cpu"):
+        if fullname.endswith(("_C_cpu", "_C_cuda")):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -110,31 +155,49 @@ class NinjaBuild(build_ext):
 
         torch = find_torch()
         version = re.search('__version__ = "(.+)"', (ROOT / "mtml_fast/__init__.py").read_text())[1]
+        stable = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {quote(torch / 'include')}"
+        version = f"-DMTML_FAST_VERSION='\"{version}\"'"
         include = {
-            "csrc": f"-DMTML_FAST_VERSION='\"{version}\"'",
-            "cpu": f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {quote(torch / 'include')}",
+            "csrc": version,
+            "cpu": stable,
+            "cuda": f"{stable} {version} -DUSE_CUDA -DMTML_CUDA_ARCHITECTURES='\"{' '.join(cuda_architectures())}\"'",
             "numpy": f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_paths()['include'])}",
         }
+        # no path of this machine goes into the libraries
+        prefixes = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch}=torch"]
+        nvcc = [find_nvcc() or "nvcc", "-ccbin", compiler()[0]]
+        nvcc_flags = [*NVCC_FLAGS, *gencode(cuda_architectures()), *(f"-Xcompiler={prefix}" for prefix in prefixes)]
         lines = [
             f"cxx = {shlex.join(compiler())}",
-            # no path of this machine goes into the libraries
-            f"flags = {shlex.join(FLAGS)} -ffile-prefix-map={quote(ROOT)}/= -ffile-prefix-map={quote(torch)}=torch",
+            f"flags = {shlex.join([*FLAGS, *prefixes])}".replace("$", "$$"),
+            f"nvcc = {shlex.join(nvcc)}".replace("$", "$$"),
+            f"nvcc_flags = {shlex.join(nvcc_flags)}".replace("$", "$$"),
             "rule compile",
             f"  command = $cxx $flags -I{quote(ROOT / 'csrc')} $include -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc",
+            # of the skins too, for CUDA's headers
+            "rule compile_cuda",
+            f"  command = $nvcc $nvcc_flags -I{quote(ROOT / 'csrc')} $include -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc",
             "rule link",
             # bound to its own symbols: both libraries hold the core
             "  command = $cxx -shared -Wl,-Bsymbolic $in -o $out $libs",
+            "rule link_cuda",
+            # its own copy of CUDA's runtime: it shares contexts and streams with torch's by the driver
+            "  command = $nvcc -shared -cudart static -Xlinker -Bsymbolic $in -o $out $libs",
         ]
         for source in sorted({source for extension in self.extensions for source in extension.sources}):
             path = re.sub("([$ :])", r"$\1", str(ROOT / source))
-            lines.append(f"build {object_file(source)}: compile {path}")
-            lines.append(f"  include = {include.get(Path(source).parent.name, '')}")
+            folder = Path(source).parent.name
+            lines.append(f"build {object_file(source)}: {'compile_cuda' if folder == 'cuda' else 'compile'} {path}")
+            lines.append(f"  include = {include.get(folder, '')}")
+        # torch has loaded its libraries before us, so their names are enough: no path to them
+        libs = {"_C_cpu": "-ltorch_cpu", "_C_cuda": "-ltorch_cpu -ltorch_cuda"}
         for extension in self.extensions:
-            # torch has loaded libtorch_cpu before us, so its name is enough: no path to it
-            libs = f"-L{quote(torch / 'lib')} -ltorch_cpu" if extension.name.endswith("_C_cpu") else ""
-            lines.append(f"build {extension.name}.so: link {' '.join(map(object_file, extension.sources))}")
-            lines.append(f"  libs = {libs}")
+            name = extension.name.rpartition(".")[2]
+            rule = "link_cuda" if name == "_C_cuda" else "link"
+            lines.append(f"build {extension.name}.so: {rule} {' '.join(map(object_file, extension.sources))}")
+            lines.append(f"  libs = -L{quote(torch / 'lib')} {libs[name]}" if name in libs else "  libs =")
         return "\n".join(lines) + "\n"
 
 
@@ -146,5 +209,9 @@ def object_file(source: str) -> str:
     return re.sub("[/.]", "-", source) + ".o"
 
 
-extensions = [library("mtml_fast._C_cpu", "cpu"), library("mtml_fast._numpy", "numpy")] if wants_native() else []
+extensions = []
+if wants_native():
+    extensions += [library("mtml_fast._C_cpu", "cpu"), library("mtml_fast._numpy", "numpy")]
+    if wants_cuda():
+        extensions.append(library("mtml_fast._C_cuda", "cuda"))
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
