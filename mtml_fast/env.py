@@ -13,7 +13,7 @@ import torch
 from mtml_fast import __version__
 from mtml_fast.ops import OPERATORS
 from mtml_fast.ops._check import cuda_device
-from mtml_fast.ops._library import build_info, native_status
+from mtml_fast.ops._library import build_info, cuda_build_info, cuda_status, native_status
 from mtml_fast.ops._triton import has_file, missing
 
 # all the variables there are: (name, what it does)
@@ -63,6 +63,7 @@ def main() -> None:
     print(f"native      {native_status()}")
     if info is not None:
         print(f"            instruction sets built: {', '.join(info['isas_built'])}; in use: {info['isa']}")
+    print(f"            {cuda_status()}")
     print(f"torch       {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CUDA        {cuda_device() or 'no device'}")
     print(f"Triton      {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
@@ -88,6 +89,8 @@ def _why(name: str, by: str, device: str) -> str:
         return f"its Triton kernels cannot run: {missing()}"
     if device == "cpu" and build_info() is None:
         return "the native library is not there"
+    if device == "cuda" and cuda_build_info() is None:
+        return cuda_status()
     return "no kernel for it yet: PyTorch operations, right and slower"
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtml_fast.ops import _triton
-from mtml_fast.ops._library import LIB
+from mtml_fast.ops._library import LIB, warn_without_cuda
 from mtml_fast.ops._route import has_kernel, needs_reference, ordinary_dispatch
 
 # every operator by name: what the environment report and the battery walk through
@@ -44,7 +44,10 @@ class Operator:
 
     def __call__(self, *args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        if needs_reference(self._native(first.device.type)):
+        native = self._native(first.device.type)
+        if not native and first.device.type == "cuda" and not torch.compiler.is_compiling():
+            warn_without_cuda()
+        if needs_reference(native):
             return self.reference(*args)
         return self.forward(*args)
 

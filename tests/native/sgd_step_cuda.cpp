@@ -264,7 +264,7 @@ std::vector<std::string> expected_launches(const Problem<T>& a) {
   }
   bool rates = false, shared_rates = false;
   for (int64_t l = 0; l < a.num_leaves() && a.wants_dlr; ++l) {
-    rates = rates || a.forms[l] == kNumber || a.forms[l] == kTask;
+    rates = rates || a.forms[l] == kNumber || (a.forms[l] == kTask && a.num_tasks > 0);
     shared_rates = shared_rates || (a.forms[l] == kParameter && a.sizes[l] > 0);
   }
   if (shared_rates) add("sgd_step_shared_rates", [](int64_t elements) { return elements > 0; });

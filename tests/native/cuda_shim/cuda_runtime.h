@@ -301,6 +301,7 @@ extern unsigned char mtml_shared[];
   shim::from_lane(mask, value, threadIdx.x % 32 ^ static_cast<unsigned>(lanes), {__FILE__, __LINE__})
 
 inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaErrorInvalidValue";
 }
