@@ -19,17 +19,17 @@ train: build ## meta-train on the paper's sinusoid experiment, with a table, a s
 	$(BIN)/mtml-fast train --out runs/sinusoid
 
 test: build ## prove it: all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 lint: $(VENV)/installed ## check style and formatting of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 format: $(VENV)/installed ## format Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 bench: build ## time the operators against PyTorch, and whoever else is there, on one thread
 	$(BIN)/python -m benchmarks.run --threads 1
@@ -38,7 +38,7 @@ bench: build ## time the operators against PyTorch, and whoever else is there, o
 CXX ?= g++
 SANITIZED := $(wildcard csrc/isa/*.cpp csrc/gradients.cpp csrc/heads.cpp csrc/mlp_adapt*.cpp)
 FUZZ := $(wildcard tests/native/*_fuzz.cpp)
-sanitize: ## run the core's random calls under the address, undefined-behaviour and thread sanitizers
+sanitize: ## run random calls of the core and of the CUDA kernels under the address, undefined-behaviour and thread sanitizers
 	@mkdir -p build/sanitize
 	@for kind in address,undefined thread; do \
 	  flags="-std=c++17 -O1 -g -ffp-contract=fast -fno-math-errno -Wno-psabi -fsanitize=$$kind -fno-sanitize-recover=all"; \
@@ -50,11 +50,18 @@ sanitize: ## run the core's random calls under the address, undefined-behaviour 
 	      -pthread -o build/sanitize/$$program && \
 	    echo "sanitize: $$kind, $$program" && build/sanitize/$$program $(CONFIGURATIONS) $(SEED) || exit 1; \
 	  done; \
+	  for op in $(basename $(notdir $(wildcard csrc/cuda/*.cu))); do \
+	    $(CXX) $$flags -Itests/native/cuda_shim -rdynamic -x c++ csrc/cuda/$$op.cu tests/native/$${op}_cuda.cpp \
+	      -ldl -o build/sanitize/cuda && \
+	    echo "sanitize: $$kind, $$op on CUDA" && build/sanitize/cuda $(CONFIGURATIONS) $(SEED) || exit 1; \
+	  done; \
 	done
 
-cuda-check: build ## compile every CUDA and Triton kernel without a GPU
-	@test -z "$$(find csrc -name '*.cu')" || { echo "cuda-check: kernels without a check"; exit 1; }
-	$(BIN)/python -m tests.ops.triton_kernels
+# UPDATE=1 writes the table of what the CUDA kernels take of a GPU anew
+UPDATE ?=
+cuda-check: build ## prove the CUDA and Triton kernels without a GPU: compiled, and run on the CPU
+	@$(if $(UPDATE),$(BIN)/python -m tests.cuda.resources)
+	@$(BIN)/python -m pytest tests/cuda tests/ops/test_triton.py -rs
 
 build: $(VENV)/installed ## compile what has changed in csrc
 	@$(BIN)/python setup.py -q build_ext --inplace

@@ -127,6 +127,9 @@ def test_an_operator_has_all_its_rooms(name):
     assert (ROOT / "docs/maths" / f"{name}.md").is_file()
     assert callable(getattr(mtml_fast.ops, name))
     assert (ROOT / "csrc/core" / f"{name}.h").is_file() == (ROOT / "csrc/cpu" / f"{name}.cpp").is_file()
+    kernels = (ROOT / "csrc/cuda" / f"{name}.cu").is_file()
+    assert (ROOT / "csrc/cuda" / f"{name}.cpp").is_file() == kernels
+    assert (ROOT / "tests/native" / f"{name}_cuda.cpp").is_file() == kernels
     assert not re.search("fast|fused|cpu|cuda", name)
 
 
@@ -173,7 +176,7 @@ INCLUDES = {
     "core": r"<\w+>|\"core/",
     "isa": r"<\w+>|\"(core|isa)/",
     "cpu": r"<\w+>|\"(core|isa|\w*check|(mlp_adapt|heads|gradients)\.h|cpu/)|<torch/(csrc/stable|headeronly)/",
-    "cuda": r"<\w+>|\"(core|cuda|\w*check)|<torch/(csrc/stable|headeronly)/|<cuda",
+    "cuda": r"<\w+>|\"(core|cuda|cpu/\w+_call|\w*check)|<torch/(csrc/stable|headeronly)/|<cuda",
     "numpy": r"<\w+>|\"(core|isa|\w*check|(mlp_adapt|heads|gradients)\.h|build_info)|<pybind11/",
 }
 
@@ -190,6 +193,20 @@ def test_includes(path):
     if room != "numpy":
         assert "PyObject" not in text
         assert "pybind11" not in text
+
+
+@pytest.mark.parametrize("path", [p for p in CSRC if p.parent.name == "cuda"], ids=lambda p: p.name)
+def test_kernels_can_be_captured_and_run_in_the_shim(path):
+    """No wait, copy or allocation, no launch but by launch.h, no atomics, no shared memory but block.h's, no torch."""
+    text = re.sub(r"//.*", "", path.read_text())
+    found = re.findall(r"Synchronize|cudaMemcpy|cudaMalloc|cudaFree|cudaMemset|<<<|\batomic\w+\(", text)
+    if path.name != "launch.h":
+        found += re.findall(r"cudaLaunch\w*", text)
+    if path.name != "block.h":
+        found += re.findall(r"__shared__", text)
+    if path.suffix == ".cu":
+        found += re.findall(r"<torch/.*|\"cpu/.*|\"cuda/tensors.h", text)
+    assert not found, f"{path.name}: {found}"
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *CSRC, ROOT / "setup.py", ROOT / "Makefile"], ids=lambda p: p.name)

@@ -1,5 +1,6 @@
 // The one way in which a kernel is started: on the caller's stream, with a grid that CUDA takes, its error returned.
-// Nothing here or in a kernel waits for the device or reads what it has computed: every call can be captured in a graph.
+// Nothing here or in a kernel waits for the device or reads what it has computed: every call can be captured in a
+// graph.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -51,14 +51,13 @@ Tensors sgd_step_cuda(const Tensors& params, const Tensors& grads, const Tensors
 }
 
 Tensors sgd_step_backward_cuda(const Tensors& grad_outputs, const Tensors& params, const Tensors& grads,
-                               const Tensors& lr, const Tensors& momentum_buffers, double momentum,
-                               double weight_decay, std::optional<double> clip, const std::vector<bool>& needs) {
+                               const Tensors& lr, const Tensors& momentum_buffers, double momentum, double weight_decay,
+                               std::optional<double> clip, const std::vector<bool>& needs) {
   const Arguments a(params, grads, lr, momentum_buffers, momentum, weight_decay, clip);
   const Tensors cotangents = a.checked_cotangents(grad_outputs, needs);
   const Device device("sgd_step_backward", {&params, &grads, &lr, &momentum_buffers, &grad_outputs});
-  return a.dtype == ScalarType::Float
-             ? backward<float>(a, cotangents, needs, device, mtml_cuda_sgd_step_backward_f32)
-             : backward<double>(a, cotangents, needs, device, mtml_cuda_sgd_step_backward_f64);
+  return a.dtype == ScalarType::Float ? backward<float>(a, cotangents, needs, device, mtml_cuda_sgd_step_backward_f32)
+                                      : backward<double>(a, cotangents, needs, device, mtml_cuda_sgd_step_backward_f64);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The kernels of sgd_step: see cuda/sgd_step.h. A leaf's row of one task is cut into slices, and a block takes one. What
-// is summed over more than a slice lies in the workspace, a double a slice, and is added up in the order of the slices:
-// no atomics, so the same bits every time, and for a task alone and in any batch.
+// The kernels of sgd_step: see cuda/sgd_step.h. A leaf's row of one task is cut into slices, and a block takes one.
+// What is summed over more than a slice lies in the workspace, a double a slice, and is added up in the order of the
+// slices: no atomics, so the same bits every time, and for a task alone and in any batch.
 #include "cuda/sgd_step.h"
 
 #include <algorithm>
@@ -154,8 +154,7 @@ __global__ void __launch_bounds__(kThreads) sgd_step_backward(const __grid_const
         to.dlr[start + i] = -cotangent.template minus_dlr<T>(row, i);
     }
     if (to.dlr && leaf.lr_element == 0) {
-      const double sum =
-          slice_sum<T>(slice, room, [&](int64_t i) { return cotangent.template minus_dlr<T>(row, i); });
+      const double sum = slice_sum<T>(slice, room, [&](int64_t i) { return cotangent.template minus_dlr<T>(row, i); });
       if (threadIdx.x == 0) tree.rate_sums[slice.task * tree.num_slices + slice.index] = -sum;
     }
   }
@@ -345,10 +344,9 @@ int mtml_cuda_sgd_step_backward_f32(const mtml::SgdLeaf<float>* leaves, const mt
                                     int one_rate, double* workspace, void* stream) {
   return mtml::cuda::backward(leaves, gradients, num_leaves, num_tasks, *options, one_rate, workspace, stream);
 }
-int mtml_cuda_sgd_step_backward_f64(const mtml::SgdLeaf<double>* leaves,
-                                    const mtml::SgdLeafGradient<double>* gradients, int64_t num_leaves,
-                                    int64_t num_tasks, const mtml::SgdOptions* options, int one_rate,
-                                    double* workspace, void* stream) {
+int mtml_cuda_sgd_step_backward_f64(const mtml::SgdLeaf<double>* leaves, const mtml::SgdLeafGradient<double>* gradients,
+                                    int64_t num_leaves, int64_t num_tasks, const mtml::SgdOptions* options,
+                                    int one_rate, double* workspace, void* stream) {
   return mtml::cuda::backward(leaves, gradients, num_leaves, num_tasks, *options, one_rate, workspace, stream);
 }
 

@@ -25,9 +25,8 @@ int mtml_cuda_sgd_step_f64(const mtml::SgdLeaf<double>* leaves, int64_t num_leav
 int mtml_cuda_sgd_step_backward_f32(const mtml::SgdLeaf<float>* leaves, const mtml::SgdLeafGradient<float>* gradients,
                                     int64_t num_leaves, int64_t num_tasks, const mtml::SgdOptions* options,
                                     int one_rate, double* workspace, void* stream);
-int mtml_cuda_sgd_step_backward_f64(const mtml::SgdLeaf<double>* leaves,
-                                    const mtml::SgdLeafGradient<double>* gradients, int64_t num_leaves,
-                                    int64_t num_tasks, const mtml::SgdOptions* options, int one_rate,
-                                    double* workspace, void* stream);
+int mtml_cuda_sgd_step_backward_f64(const mtml::SgdLeaf<double>* leaves, const mtml::SgdLeafGradient<double>* gradients,
+                                    int64_t num_leaves, int64_t num_tasks, const mtml::SgdOptions* options,
+                                    int one_rate, double* workspace, void* stream);
 
 }  // extern "C"

@@ -1,4 +1,5 @@
-// torch's tensors as the kernels take them: on one device, on its current stream, with workspace from torch's allocator.
+// torch's tensors as the kernels take them: on one device, on its current stream, with workspace from torch's
+// allocator.
 #pragma once
 
 #include <cuda_runtime.h>

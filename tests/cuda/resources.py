@@ -5,6 +5,7 @@ figures held against csrc/cuda/resources.txt. `make cuda-check UPDATE=1` writes 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 TABLE = ROOT / "csrc/cuda/resources.txt"
 ARCHITECTURES = ("sm_80", "sm_90")
-FLAGS = "-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -Xptxas -v".split()
+FLAGS = shlex.split("-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -Xptxas -v")
 
 
 class Resources(NamedTuple):
@@ -86,7 +87,7 @@ def write_table(release: str, found: dict[tuple[str, str], Resources]) -> None:
 
 
 def complaints(release: str, found: dict[tuple[str, str], Resources]) -> list[str]:
-    """What is not as it must be: spills with any compiler, and with that of the table every other figure than it has."""
+    """What is not as it must be: spills with any compiler, and with that of the table all figures but its own."""
     wrong = [
         f"{kernel} spills {r.spills} bytes on {name}, with a stack of {r.stack}"
         for (kernel, name), r in found.items()

@@ -1,4 +1,4 @@
-"""make cuda-check: the CUDA kernels compile, spill nothing, and take no more of a GPU than csrc/cuda/resources.txt says."""
+"""The CUDA kernels compile, spill nothing, and take of a GPU what csrc/cuda/resources.txt says."""
 
 import pytest
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shlex.split(os.environ.get("CXX") or "c++")
-FLAGS = "-std=c++17 -Og -g1 -ffp-contract=fast -Wall -Wextra -Werror -rdynamic -fno-sanitize-recover=all".split()
+FLAGS = shlex.split("-std=c++17 -Og -g1 -ffp-contract=fast -Wall -Wextra -Werror -rdynamic -fno-sanitize-recover=all")
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 OPERATORS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 CALLS = 30

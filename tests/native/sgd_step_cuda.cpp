@@ -1,6 +1,7 @@
-// The kernels of csrc/cuda/sgd_step.cu on a CPU, by cuda_shim: random trees, options and numbers of blocks against plain
-// loops in float64; the same bits twice and for a task alone; the launches of a call; errors of a launch. Arguments:
-// number of calls, seed, and a barrier to leave out (file:line), which must then show. Prints the barriers it has met.
+// The kernels of csrc/cuda/sgd_step.cu on a CPU, by cuda_shim: random trees, options and numbers of blocks against
+// plain loops in float64; the same bits twice and for a task alone; the launches of a call; errors of a launch.
+// Arguments: number of calls, seed, and a barrier to leave out (file:line), which must then show. Prints the barriers
+// it has met.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -150,8 +151,8 @@ struct Problem {
                            wants_dlr ? pointer(dlr[rate_of(l)]) + first * table[l].lr_task : nullptr, nullptr});
     }
     room = workspace(1);
-    expect(step_backward(table.data(), gradients.data(), num_leaves(), count, options, one_rate, pointer(room), stream) ==
-               cudaSuccess,
+    expect(step_backward(table.data(), gradients.data(), num_leaves(), count, options, one_rate, pointer(room),
+                         stream) == cudaSuccess,
            "backward");
   }
 };

@@ -60,7 +60,7 @@ def sgd_step(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
 
-    Derivatives: any order for params, grads, lr and momentum_buffers; the first is native on the CPU.
+    Derivatives: any order for params, grads, lr and momentum_buffers; the first is native on the CPU and in CUDA.
 
     Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, in the
     form torch.optim.SGD uses.

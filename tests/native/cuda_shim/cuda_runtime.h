@@ -1,5 +1,5 @@
-// CUDA on a CPU, for tests: with this folder in front of the include path, g++ compiles a .cu as C++, and its kernels run
-// with a fiber for each CUDA thread, one block after the other, threads and blocks in an order drawn at random.
+// CUDA on a CPU, for tests: with this folder in front of the include path, g++ compiles a .cu as C++, and its kernels
+// run with a fiber for each CUDA thread, one block after the other, threads and blocks in an order drawn at random.
 //
 // What it is strict about: shared memory is NaN before each block, and under AddressSanitizer poisoned behind the bytes
 // that the launch asked for; to ThreadSanitizer each fiber is a thread, which nothing but a barrier orders: no shuffle,
