@@ -46,7 +46,8 @@ def programs(tmp_path_factory):
 
 
 def run(program: Path, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program, *map(str, arguments)], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("kind", SANITIZERS)
