@@ -41,8 +41,9 @@ void sgd_step(const SgdLeaf<T>* leaves, int64_t num_leaves, const SgdOptions& op
     for (int64_t l = 0; l < num_leaves; ++l) {
       const SgdLeaf<T>& leaf = leaves[l];
       const Row<T> row(leaf, options, scale, t);
-      const int64_t start = t * leaf.size;
-      for_each<T>(leaf.size, [&](int64_t i, auto lane) { step_element<decltype(lane)>(leaf, row, start, i); });
+      T* new_p = leaf.new_p + t * leaf.size;
+      T* new_m = leaf.new_m ? leaf.new_m + t * leaf.size : nullptr;
+      for_each<T>(leaf.size, [&](int64_t i, auto lane) { step_element<decltype(lane)>(new_p, new_m, row, i); });
     }
   }
 }

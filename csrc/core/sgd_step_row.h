@@ -81,15 +81,15 @@ struct CotangentRow {
   }
 };
 
-// element i of a task whose row begins at `start`
+// element i of the rows new_p and new_m, which is null without momentum; by value, or each store would reload them
 template <class V, class T>
-MTML_INLINE void step_element(const SgdLeaf<T>& leaf, const Row<T>& row, int64_t start, int64_t i) {
+MTML_INLINE void step_element(T* new_p, T* new_m, const Row<T>& row, int64_t i) {
   const V d = row.template direction<V>(i);
-  if (leaf.new_m) store(leaf.new_m + start + i, d);
-  store(leaf.new_p + start + i, load<V>(row.p + i) - row.template rate<V>(i) * d);
+  if (new_m) store(new_m + i, d);
+  store(new_p + i, load<V>(row.p + i) - row.template rate<V>(i) * d);
 }
 
-// norm_factor: the clip_slope of the task, 0 where it is not clipped
+// element i of a task whose row begins at `start`; norm_factor: the clip_slope of the task, 0 where it is not clipped
 template <class V, class T>
 MTML_INLINE void step_element_backward(const SgdLeafGradient<T>& to, const Row<T>& row, const CotangentRow<T>& from,
                                        T norm_factor, int64_t start, int64_t i) {

@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(kThreads) sgd_step(const __grid_constant__ Tre
     double scale = 1;
     if (clips(tree.options)) scale = clip_factor(gradient_norm(tree, slice.task, room), tree.options.clip);
     const Row<T> row(leaf, tree.options, scale, slice.task);
-    const int64_t start = slice.task * leaf.size;
-    for (int64_t i = slice.begin + threadIdx.x; i < slice.end; i += blockDim.x) step_element<T>(leaf, row, start, i);
+    T* new_p = leaf.new_p + slice.task * leaf.size;
+    T* new_m = leaf.new_m ? leaf.new_m + slice.task * leaf.size : nullptr;
+    for (int64_t i = slice.begin + threadIdx.x; i < slice.end; i += blockDim.x) step_element<T>(new_p, new_m, row, i);
   }
 }
 

@@ -16,7 +16,7 @@ COMPILER = shlex.split(os.environ.get("CXX") or "c++")
 FLAGS = shlex.split("-std=c++17 -Og -g1 -ffp-contract=fast -Wall -Wextra -Werror -rdynamic -fno-sanitize-recover=all")
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
 OPERATORS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
-CALLS = 30
+CALLS = 20
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler")
 
