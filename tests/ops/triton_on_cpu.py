@@ -12,9 +12,21 @@ from collections import Counter
 from mtml_fast.ops import OPERATORS, _triton
 from mtml_fast.ops._library import LIB
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "the CPU cannot run what Triton compiles: set TRITON_INTERPRET=1"
-
 _calls = Counter()
+
+
+def pytest_configure(config):
+    assert os.environ.get("TRITON_INTERPRET") == "1", "the CPU cannot run what Triton compiles: set TRITON_INTERPRET=1"
+    with warnings.catch_warnings():
+        # that a kernel is replaced is what is wanted
+        warnings.simplefilter("ignore", UserWarning)
+        for name in filter(_triton.has_file, OPERATORS):
+            for target in (name, f"{name}_backward"):
+                LIB.impl(target, _counted(name, target), "CPU", allow_override=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("Triton kernels called: " + ", ".join(f"{k} {n}" for k, n in sorted(_calls.items())))
 
 
 def _counted(name: str, target: str):
@@ -25,15 +37,3 @@ def _counted(name: str, target: str):
         return kernel(*args)
 
     return call
-
-
-with warnings.catch_warnings():
-    # that a kernel is replaced is what is wanted
-    warnings.simplefilter("ignore", UserWarning)
-    for _name in filter(_triton.has_file, OPERATORS):
-        for _target in (_name, f"{_name}_backward"):
-            LIB.impl(_target, _counted(_name, _target), "CPU", allow_override=True)
-
-
-def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line("Triton kernels called: " + ", ".join(f"{k} {n}" for k, n in sorted(_calls.items())))
