@@ -170,12 +170,12 @@ def test_a_parameter_beside_the_representation_gets_its_gradient():
 
 def test_graddrop_is_the_loop_of_the_paper():
     """Number by number, as in algorithm 1, with the same chance."""
-    g = torch.randn(4, 30)
+    g = torch.randn(4, 30, dtype=torch.float64)  # so that the loop's order of summation is far below what is asked
     torch.manual_seed(5)
     (mine,), kept = multitask.GradDrop(leak=0.25)._combined([g], torch.ones(4), torch.arange(4))
     torch.manual_seed(5)
-    u = torch.rand(30)
-    total, shares = torch.zeros(30), torch.zeros(4)
+    u = torch.rand(30, dtype=torch.float64)
+    total, shares = torch.zeros(30).double(), torch.zeros(4).double()
     for p in range(30):
         purity = 0.5 * (1 + g[:, p].sum() / g[:, p].abs().sum())
         for t in range(4):
@@ -183,7 +183,7 @@ def test_graddrop_is_the_loop_of_the_paper():
             total[p] += (0.25 + 0.75 * mask) * g[t, p]
             shares[t] += (0.25 + 0.75 * mask) * g[t, p].abs()
     torch.testing.assert_close(mine, total)
-    torch.testing.assert_close(kept, (shares / g.abs().sum(1)).double())
+    torch.testing.assert_close(kept, shares / g.abs().sum(1))
 
 
 class Square(torch.autograd.Function):
