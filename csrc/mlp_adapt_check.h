@@ -33,7 +33,8 @@ struct MlpInputs {
 template <class T>
 class MlpSetup {
  public:
-  explicit MlpSetup(const MlpInputs& call) : call_(call) {
+  // `readable`: whether arrays' values may be read here; on a GPU nobody looks at them
+  explicit MlpSetup(const MlpInputs& call, bool readable = true) : call_(call), readable_(readable) {
     read_options();
     read_params();
     read_rows("support", call.support_x, &call.support_y, call.support_offsets, support_offsets_, arguments_.support);
@@ -100,6 +101,10 @@ class MlpSetup {
     for (size_t i = 0; i < call_.lr.size(); ++i) {
       T* gradient = next(call_.lr[i]);
       if (!gradient) continue;
+      if (!readable_) {
+        (is_table_ ? table_gradient_ : params_[i].rate_gradient) = gradient;
+        continue;
+      }
       // the rows of steps that are not taken, and the rates of parameters that stay, have a gradient of zero
       std::fill_n(gradient, call_.lr[i].size(), T(0));
       if (is_table_) {
@@ -109,12 +114,15 @@ class MlpSetup {
         params_[i].rate_gradient = gradient;
       }
     }
-    for (size_t i = 0; table_gradient_ && steps > 0 && i < params_.size(); ++i) {
+    for (size_t i = 0; readable_ && table_gradient_ && steps > 0 && i < params_.size(); ++i) {
       if (params_[i].moves) params_[i].rate_sums = rate_sums_.data() + i * per_parameter;
     }
     arguments_.support.x_gradient = next(call_.support_x);
     arguments_.query.x_gradient = next(call_.query_x);
   }
+
+  // Where a table of rates has its gradient, or null.
+  T* table_gradient() const { return table_gradient_; }
 
   // After the backward sweep: the gradient of a table of rates, summed over the tasks in their order.
   void finish_gradients() {
@@ -145,6 +153,7 @@ class MlpSetup {
   };
 
   const MlpInputs& call_;
+  const bool readable_;
   MlpArguments<T> arguments_{};
   std::vector<MlpParameter<T>> params_;
   std::vector<int64_t> sizes_;   // elements of each parameter, without a task axis
@@ -280,27 +289,35 @@ class MlpSetup {
       MTML_CHECK(offsets.shape.sizes[0] - 1 == tasks, "mlp_adapt: ", name, "_x must hold the ", tasks,
                  " tasks of support_x, got ", offsets.shape.sizes[0] - 1);
       const int64_t* at = static_cast<const int64_t*>(offsets.data);
-      MTML_CHECK(at[0] == 0 && at[tasks] == x.shape.sizes[0], "mlp_adapt: ", name,
-                 "_offsets must run from 0 to the number of rows ", x.shape.sizes[0], ", got ", at[0], " to ",
-                 at[tasks]);
-      for (int64_t t = 0; t < tasks; ++t) {
-        MTML_CHECK(at[t] < at[t + 1], "mlp_adapt: ", name, "_offsets must increase (no task may be empty), got ", at[t],
-                   " then ", at[t + 1], " at task ", t);
-        rows.max_rows = std::max(rows.max_rows, at[t + 1] - at[t]);
-      }
       rows.offsets = at;
+      rows.all_rows = x.shape.sizes[0];
+      if (readable_) check_offsets(name, at, rows);
     } else {
       MTML_CHECK(x.shape.sizes[0] == tasks, "mlp_adapt: ", name, "_x must hold the ", tasks,
                  " tasks of support_x, got ", x.shape.sizes[0]);
       rows.max_rows = x.shape.sizes[1];
+      rows.all_rows = tasks * rows.max_rows;
       MTML_CHECK(tasks == 0 || rows.max_rows > 0, "mlp_adapt: ", name,
                  "_x must hold at least one row in every task, got shape ", x.shape);
-      own_offsets.resize(tasks + 1);
-      for (int64_t t = 0; t <= tasks; ++t) own_offsets[t] = t * rows.max_rows;
-      rows.offsets = own_offsets.data();
+      if (readable_) {
+        own_offsets.resize(tasks + 1);
+        for (int64_t t = 0; t <= tasks; ++t) own_offsets[t] = t * rows.max_rows;
+        rows.offsets = own_offsets.data();
+      }
     }
     rows.x = values(x);
     if (y) read_labels(name, x, *y, rows);
+  }
+
+  void check_offsets(const char* name, const int64_t* at, MlpRows<T>& rows) const {
+    const int64_t tasks = arguments_.options.tasks;
+    MTML_CHECK(at[0] == 0 && at[tasks] == rows.all_rows, "mlp_adapt: ", name,
+               "_offsets must run from 0 to the number of rows ", rows.all_rows, ", got ", at[0], " to ", at[tasks]);
+    for (int64_t t = 0; t < tasks; ++t) {
+      MTML_CHECK(at[t] < at[t + 1], "mlp_adapt: ", name, "_offsets must increase (no task may be empty), got ", at[t],
+                 " then ", at[t + 1], " at task ", t);
+      rows.max_rows = std::max(rows.max_rows, at[t + 1] - at[t]);
+    }
   }
 
   void read_labels(const char* name, const Array& x, const Array& y, MlpRows<T>& rows) {
@@ -319,7 +336,7 @@ class MlpSetup {
     }
     MTML_CHECK(y.dtype == Dtype::kInt64, "mlp_adapt: ", name, "_y must be int64 class labels");
     rows.labels = static_cast<const int64_t*>(y.data);
-    for (int64_t t = 0; t < arguments_.options.tasks; ++t) {
+    for (int64_t t = 0; readable_ && t < arguments_.options.tasks; ++t) {
       const bool* mask = arguments_.class_mask ? arguments_.class_mask + t * classes : nullptr;
       for (int64_t r = rows.offsets[t]; r < rows.offsets[t + 1]; ++r) {
         const int64_t label = rows.labels[r];
@@ -341,7 +358,7 @@ class MlpSetup {
       const Array& rate = call_.lr[i];
       check_dtype(rate, "lr[", i, "]");
       const T* values_of = values(rate);
-      for (int64_t j = 0, n = rate.size(); j < n; ++j) {
+      for (int64_t j = 0, n = rate.size(); readable_ && j < n; ++j) {
         MTML_CHECK(std::isfinite(values_of[j]), "mlp_adapt: lr must be finite, got ", values_of[j]);
       }
       const int64_t rank = own_rank(i);

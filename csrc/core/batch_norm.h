@@ -8,28 +8,12 @@
 //     Rdz = (Rgain r + gain Rr) q + gain r (Rd - <Rd> - Rxh <d xh> - xh <Rd xh + d Rxh>)
 //     Rdgain = sum (Rd xh + d Rxh)           Rdshift = sum Rd
 //
-// Rows have ld columns, a multiple of kLanes<T>; channels are independent, so columns may hold anything where no
-// channel is. Where a result is as large as an operand it may be that operand.
+// Rows have ld columns, of which the first `channels` are worked on: on a CPU whole vectors, as channels are
+// independent and columns may hold anything where no channel is. Where a result is as large as an operand it may be
+// that operand. What for_channels and sqrt_ are, whoever includes this has said.
 #pragma once
 
-#include "core/lanes.h"
-#include "core/vector_math.h"
-
 namespace mtml::MTML_ISA {
-
-// f(c, Index<W>{}): W vectors of channels from column c on. Several together, as they share cache lines and their sums
-// need not wait for each other; a channel's sums do not depend on its block.
-template <class T, class F>
-MTML_INLINE void for_channels(int64_t ld, F f) {
-  constexpr int64_t L = kLanes<T>;
-  int64_t c = 0;
-  for (; c + 4 * L <= ld; c += 4 * L) f(c, Index<4>{});
-  if (c + 2 * L <= ld) {
-    f(c, Index<2>{});
-    c += 2 * L;
-  }
-  if (c + L <= ld) f(c, Index<1>{});
-}
 
 // sums[k] = f(i, Index<k>{}, ...f(0, Index<k>{}, 0)...) for i < rows: f adds a row's term to what it is given. Short
 // sums that go into a total.
@@ -46,13 +30,14 @@ MTML_INLINE void sum_over_rows(int64_t rows, V (&sums)[W], F f) {
 }
 
 template <class T>
-void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift, double eps, T* y, T* xh, T* r) {
+MTML_FUNCTION void batch_norm(int64_t N, int64_t channels, int64_t ld, const T* z, const T* gain, const T* shift,
+                              double eps, T* y, T* xh, T* r) {
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
   // <squares> + eps, in an order that no compiler contracts in one place and not in the other
   const T sum_of_eps = static_cast<T>(eps * static_cast<double>(N));
-  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+  for_channels<T>(channels, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V mean[W], scale[W];
     sum_over_rows(N, mean, [&](int64_t i, auto k, V sum) { return sum + load<V>(z + i * ld + c + k * L); });
@@ -86,12 +71,12 @@ void batch_norm(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift
 }
 
 template <class T>
-void batch_norm_backward(int64_t N, int64_t ld, const T* d, const T* xh, const T* r, const T* gain, T* dz, T* dgain,
-                         T* dshift) {
+MTML_FUNCTION void batch_norm_backward(int64_t N, int64_t channels, int64_t ld, const T* d, const T* xh, const T* r,
+                                       const T* gain, T* dz, T* dgain, T* dshift) {
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+  for_channels<T>(channels, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W];  // of d, then of d * xh
     sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
@@ -117,12 +102,12 @@ void batch_norm_backward(int64_t N, int64_t ld, const T* d, const T* xh, const T
 
 // Rgain and Rshift may be null: zeros
 template <class T>
-void batch_norm_tangent(int64_t N, int64_t ld, const T* Rz, const T* xh, const T* r, const T* gain, const T* Rgain,
-                        const T* Rshift, T* Rxh, T* Rr, T* Ry) {
+MTML_FUNCTION void batch_norm_tangent(int64_t N, int64_t channels, int64_t ld, const T* Rz, const T* xh, const T* r,
+                                      const T* gain, const T* Rgain, const T* Rshift, T* Rxh, T* Rr, T* Ry) {
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+  for_channels<T>(channels, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W];  // of Rz, then of Rz * xh
     sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {
@@ -153,12 +138,13 @@ void batch_norm_tangent(int64_t N, int64_t ld, const T* Rz, const T* xh, const T
 
 // Rgain may be null: zeros
 template <class T>
-void batch_norm_backward_tangent(int64_t N, int64_t ld, const T* d, const T* Rd, const T* xh, const T* Rxh, const T* r,
-                                 const T* Rr, const T* gain, const T* Rgain, T* Rdz, T* Rdgain, T* Rdshift) {
+MTML_FUNCTION void batch_norm_backward_tangent(int64_t N, int64_t channels, int64_t ld, const T* d, const T* Rd,
+                                               const T* xh, const T* Rxh, const T* r, const T* Rr, const T* gain,
+                                               const T* Rgain, T* Rdz, T* Rdgain, T* Rdshift) {
   using V = Vector<T>;
   constexpr int64_t L = kLanes<T>;
   const T mean_of = T(1) / static_cast<T>(N);
-  for_channels<T>(ld, [&](int64_t c, auto width) __attribute__((always_inline)) {
+  for_channels<T>(channels, [&](int64_t c, auto width) __attribute__((always_inline)) {
     constexpr int W = width;
     V sums[2 * W], Rsums[2 * W];  // of d and d * xh, and of their tangents
     sum_over_rows(N, sums, [&](int64_t i, auto k, V sum) {

@@ -27,6 +27,20 @@ MTML_INLINE void unroll(const F& f) {
   }
 }
 
+// f(c, Index<W>{}): W vectors of channels from column c on. Several together, as they share cache lines and their sums
+// need not wait for each other; a channel's sums do not depend on its block.
+template <class T, class F>
+MTML_INLINE void for_channels(int64_t ld, F f) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t c = 0;
+  for (; c + 4 * L <= ld; c += 4 * L) f(c, Index<4>{});
+  if (c + 2 * L <= ld) {
+    f(c, Index<2>{});
+    c += 2 * L;
+  }
+  if (c + L <= ld) f(c, Index<1>{});
+}
+
 template <int... I>
 struct Indices {};
 template <int N, int... I>

@@ -140,8 +140,8 @@ class Sweep {
         if (a.options.norm) {
           y = L.y != kAbsent ? task.support(L.y, k, L.ld_out) : task.temp + plan.t_b;
           const T* theta = task.theta(c, k);
-          batch_norm<T>(task.n, L.ld_out, task.out, theta + L.gain_at, theta + L.shift_at, a.options.norm_eps, y,
-                        task.support(L.xh, k, L.ld_out), task.state + L.r + k * L.ld_out);
+          batch_norm<T>(task.n, L.ld_out, L.ld_out, task.out, theta + L.gain_at, theta + L.shift_at, a.options.norm_eps,
+                        y, task.support(L.xh, k, L.ld_out), task.state + L.r + k * L.ld_out);
         }
         act(task.n * L.ld_out, y, task.support(layer(l + 1).h, k, L.ld_out));
       }
@@ -165,7 +165,7 @@ class Sweep {
         act_backward(task.n * L.ld_in, task.out, y, h, dy);
         if (a.options.norm) {
           T* grad = task.temp + plan.t_grad;
-          batch_norm_backward<T>(task.n, L.ld_in, dy, task.support(below.xh, k, L.ld_in),
+          batch_norm_backward<T>(task.n, L.ld_in, L.ld_in, dy, task.support(below.xh, k, L.ld_in),
                                  task.state + below.r + k * L.ld_in, task.theta(c, k) + below.gain_at, d,
                                  grad + below.gain_at, grad + below.shift_at);
         }
@@ -210,8 +210,8 @@ class Sweep {
         if (a.options.norm) {
           y = L.yq != kAbsent ? task.query(L.yq, s, L.ld_out) : task.temp + plan.t_b;
           const T* theta = task.theta(c, k);
-          batch_norm<T>(task.q, L.ld_out, task.out, theta + L.gain_at, theta + L.shift_at, a.options.norm_eps, y,
-                        task.query(L.xhq, s, L.ld_out), task.state + L.rq + s * L.ld_out);
+          batch_norm<T>(task.q, L.ld_out, L.ld_out, task.out, theta + L.gain_at, theta + L.shift_at, a.options.norm_eps,
+                        y, task.query(L.xhq, s, L.ld_out), task.state + L.rq + s * L.ld_out);
         }
         act(task.q * L.ld_out, y, task.query(layer(l + 1).hq, s, L.ld_out));
       }
@@ -313,7 +313,7 @@ class Sweep {
         if (a.options.norm) {
           // their sums over the rows are cotangents of gain and shift
           T* sums = task.temp + plan.t_grad;
-          batch_norm_backward<T>(task.q, L.ld_in, dy, task.query(below.xhq, s, L.ld_in),
+          batch_norm_backward<T>(task.q, L.ld_in, L.ld_in, dy, task.query(below.xhq, s, L.ld_in),
                                  task.state + below.rq + s * L.ld_in, task.theta(c, k) + below.gain_at, delta,
                                  sums + below.gain_at, sums + below.shift_at);
           T* u = task.kept + plan.u;
@@ -383,7 +383,7 @@ class Sweep {
         T* ry = L.t_ry != kAbsent ? task.temp + L.t_ry : task.temp + plan.t_b;
         const T* direction = task.temp + plan.t_r;
         if (a.options.norm) {
-          batch_norm_tangent<T>(task.n, L.ld_out, task.out, task.support(L.xh, k, L.ld_out),
+          batch_norm_tangent<T>(task.n, L.ld_out, L.ld_out, task.out, task.support(L.xh, k, L.ld_out),
                                 task.state + L.r + k * L.ld_out, task.theta(c, k) + L.gain_at, direction + L.gain_at,
                                 direction + L.shift_at, task.temp + L.t_rxh, task.temp + L.t_rr, ry);
         } else if (L.t_ry != kAbsent) {
@@ -419,7 +419,7 @@ class Sweep {
         act_backward_tangent(task.n * L.ld_in, task.out, e, ry, y, h, rdy);
         if (a.options.norm) {
           T* sums = task.temp + plan.t_grad;
-          batch_norm_backward_tangent<T>(task.n, L.ld_in, task.support(below.dy, k, L.ld_in), rdy,
+          batch_norm_backward_tangent<T>(task.n, L.ld_in, L.ld_in, task.support(below.dy, k, L.ld_in), rdy,
                                          task.support(below.xh, k, L.ld_in), task.temp + below.t_rxh,
                                          task.state + below.r + k * L.ld_in, task.temp + below.t_rr,
                                          task.theta(c, k) + below.gain_at, task.temp + plan.t_r + below.gain_at, to,

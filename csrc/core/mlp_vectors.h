@@ -3,12 +3,14 @@
 #pragma once
 
 #include "core/activations.h"
-#include "core/batch_norm.h"
 #include "core/gemm.h"
+#include "core/lanes.h"
 #include "core/losses.h"
 #include "core/mlp_adapt_plan.h"
 #include "core/sgd_step.h"
 #include "core/transpose.h"
+// after lanes.h and activations.h, which bring what it needs
+#include "core/batch_norm.h"
 
 namespace mtml::MTML_ISA {
 
@@ -175,9 +177,9 @@ void gradient(const MlpCall<T>& c, const Task<T>& task, int64_t k, bool weights,
     }
     if (norms && L.hidden && c.arguments->options.norm) {
       // the derivative by the rows in front of the norm is known already, and goes where nobody reads it
-      batch_norm_backward<T>(task.n, L.ld_out, task.support(L.dy, k, L.ld_out), task.support(L.xh, k, L.ld_out),
-                             task.state + L.r + k * L.ld_out, task.theta(c, k) + L.gain_at, task.temp + plan.t_a,
-                             grad + L.gain_at, grad + L.shift_at);
+      batch_norm_backward<T>(task.n, L.ld_out, L.ld_out, task.support(L.dy, k, L.ld_out),
+                             task.support(L.xh, k, L.ld_out), task.state + L.r + k * L.ld_out,
+                             task.theta(c, k) + L.gain_at, task.temp + plan.t_a, grad + L.gain_at, grad + L.shift_at);
     }
   }
 }

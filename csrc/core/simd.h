@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #define MTML_INLINE inline __attribute__((always_inline))
+// of a function that a GPU may have too: cuda/element.h
+#define MTML_FUNCTION
 
 namespace mtml::MTML_ISA {
 

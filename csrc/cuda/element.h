@@ -5,6 +5,7 @@
 
 #define MTML_ISA cuda
 #define MTML_INLINE __host__ __device__ __forceinline__
+#define MTML_FUNCTION __host__ __device__
 
 namespace mtml::cuda {
 

@@ -12,6 +12,10 @@
 #ifndef MTML_MAX_BLOCKS
 #define MTML_MAX_BLOCKS 2147483647
 #endif
+// and less shared memory, so that arrays lie elsewhere
+#ifndef MTML_MAX_SHARED
+#define MTML_MAX_SHARED 2147483647
+#endif
 
 namespace mtml::cuda {
 

@@ -31,6 +31,8 @@ MTML_TARGET_BEGIN(CHECK_TARGET)
 #endif
 
 #include "core/activations.h"
+#include "core/lanes.h"
+// after lanes.h and vector_math.h, which bring what it needs
 #include "core/batch_norm.h"
 #include "core/losses.h"
 
@@ -107,20 +109,20 @@ using mtml::Loss;
   }                                                                                                                   \
   void batch_norm_##NAME(int64_t N, int64_t ld, const T* z, const T* gain, const T* shift, double eps, T* y, T* xh,   \
                          T* r) {                                                                                      \
-    batch_norm(N, ld, z, gain, shift, eps, y, xh, r);                                                                 \
+    batch_norm(N, ld, ld, z, gain, shift, eps, y, xh, r);                                                             \
   }                                                                                                                   \
   void batch_norm_backward_##NAME(int64_t N, int64_t ld, const T* d, const T* xh, const T* r, const T* gain, T* dz,   \
                                   T* dgain, T* dshift) {                                                              \
-    batch_norm_backward(N, ld, d, xh, r, gain, dz, dgain, dshift);                                                    \
+    batch_norm_backward(N, ld, ld, d, xh, r, gain, dz, dgain, dshift);                                                \
   }                                                                                                                   \
   void batch_norm_tangent_##NAME(int64_t N, int64_t ld, const T* Rz, const T* xh, const T* r, const T* gain,          \
                                  const T* Rgain, const T* Rshift, T* Rxh, T* Rr, T* Ry) {                             \
-    batch_norm_tangent(N, ld, Rz, xh, r, gain, Rgain, Rshift, Rxh, Rr, Ry);                                           \
+    batch_norm_tangent(N, ld, ld, Rz, xh, r, gain, Rgain, Rshift, Rxh, Rr, Ry);                                       \
   }                                                                                                                   \
   void batch_norm_backward_tangent_##NAME(int64_t N, int64_t ld, const T* d, const T* Rd, const T* xh, const T* Rxh,  \
                                           const T* r, const T* Rr, const T* gain, const T* Rgain, T* Rdz, T* Rdgain,  \
                                           T* Rdshift) {                                                               \
-    batch_norm_backward_tangent(N, ld, d, Rd, xh, Rxh, r, Rr, gain, Rgain, Rdz, Rdgain, Rdshift);                     \
+    batch_norm_backward_tangent(N, ld, ld, d, Rd, xh, Rxh, r, Rr, gain, Rgain, Rdz, Rdgain, Rdshift);                 \
   }                                                                                                                   \
   }
 

@@ -49,6 +49,9 @@
 // dynamic shared memory alone, by `extern`: an array of a fixed size would be each thread's own
 #define __shared__
 
+// CUDA's are of the type of their argument
+using std::erfc, std::exp, std::expm1, std::fabs, std::log, std::log1p, std::sqrt, std::tanh;
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -56,6 +59,7 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 namespace shim {
 
@@ -304,6 +308,11 @@ inline cudaError_t cudaGetLastError() { return std::exchange(shim::last_error, c
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 inline const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaErrorInvalidValue";
+}
+
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = static_cast<int>(shim::kSharedBytes), cudaSuccess;
 }
 
 template <class... P>

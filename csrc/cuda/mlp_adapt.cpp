@@ -1,0 +1,158 @@
+// torch.ops.mtml_fast.mlp_adapt and mlp_adapt_backward on CUDA, and the same without autograd (with an underscore); the
+// kernels are in cuda/mlp_adapt.cu. Nobody reads here what lies on the device: values are not checked.
+#include "cuda/mlp_adapt.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/mlp_adapt_call.h"
+#include "cuda/tensors.h"
+
+namespace mtml {
+namespace {
+
+template <class T>
+struct Kernels;
+template <>
+struct Kernels<float> {
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+};
+template <>
+struct Kernels<double> {
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+};
+
+void check_layers(int64_t layers) {
+  MTML_CHECK(layers <= cuda::kMlpLayers, "mlp_adapt: params must be those of at most ", cuda::kMlpLayers,
+             " layers on a CUDA device, got ", layers, "; mtml_fast.backend('reference') takes more");
+}
+
+Tensor room(const Tensor& like, const Shape& shape) {
+  return torch::stable::new_empty(like, {shape.sizes, static_cast<size_t>(shape.dim)});
+}
+Tensor room(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}); }
+
+// Outputs, losses, adapted parameters, and what the forward sweep leaves for the reverse.
+template <class T>
+Tensors saving(const Call& call, const Tensor& like, const std::vector<bool>& needs, bool always_steps,
+               const Device& device, bool keeps_anyway = false) {
+  MlpSetup<T> setup(call, /*readable=*/false);
+  setup.want(needs);
+  MlpArguments<T>& a = setup.arguments();
+  check_layers(a.options.layers);
+  const std::vector<int64_t> outputs = setup.outputs_shape(), losses = setup.losses_shape();
+  const bool steps = always_steps || a.options.every_step;
+  Tensors made;
+  made.push_back(room(like, steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))));
+  made.push_back(room(like, steps ? shape_of(losses) : one_evaluation(shape_of(losses))));
+  made.push_back(room(like, shape_of(setup.fast_shape())));
+  a.outputs = data<T>(made[0]);
+  a.losses = data<T>(made[1]);
+  if (a.wants_fast) a.fast = data<T>(made[2]);
+  const bool keeps = keeps_anyway || std::find(needs.begin(), needs.end(), true) != needs.end();
+  // without a reverse it is the sweep's own workspace
+  const Tensor state = room(like, Kernels<T>::state(&a, keeps));
+  check_launch("mlp_adapt", Kernels<T>::forward(&a, keeps, data<T>(state), device.stream()));
+  made.push_back(keeps ? state : room(like, 0));
+  return made;
+}
+
+template <class T>
+Tensors backward(const Call& call, const Tensor& like, const Tensors& grad_outputs, const std::vector<bool>& needs,
+                 const Tensor* given_state, const Device& device) {
+  const bool keeps = given_state && given_state->numel() > 0;
+  // without a state the forward sweep runs again
+  const Tensor state = keeps ? *given_state : saving<T>(call, like, needs, true, device, true)[3];
+  MlpSetup<T> setup(call, /*readable=*/false);
+  MlpArguments<T>& a = setup.arguments();
+  check_layers(a.options.layers);
+  Tensors gradients;
+  setup.give_gradients(needs, [&](const Shape& shape) {
+    gradients.push_back(room(like, shape));
+    return data<T>(gradients.back());
+  });
+  const Tensors cotangents = give_cotangents(setup, call, grad_outputs);
+  const int64_t size = Kernels<T>::state(&a, true);
+  MTML_CHECK(state.numel() == size && state.is_contiguous() && dtype_of(state) == call.params[0].dtype,
+             "mlp_adapt_backward: state must be the one of the forward sweep with ", size, " elements, got ",
+             state.numel());
+  const bool is_table = call.lr.size() == 1 && call.lr[0].shape.dim == 2;
+  std::vector<int64_t> parameter_rows(call.params.size(), 0);
+  for (size_t i = 0; !is_table && i < call.lr.size(); ++i) parameter_rows[i] = call.lr[i].shape.sizes[0];
+  const cuda::MlpRateGradients<T> rates{setup.table_gradient(), is_table ? call.lr[0].shape.sizes[0] : 0,
+                                        is_table ? call.lr[0].shape.sizes[1] : 0, parameter_rows.data()};
+  const Tensor scratch = workspace(like, Kernels<T>::workspace(&a));
+  check_launch("mlp_adapt_backward", Kernels<T>::backward(&a, &rates, static_cast<const T*>(state.const_data_ptr()),
+                                                          data<double>(scratch), device.stream()));
+  return gradients;
+}
+
+// All tensors of a call, whose device theirs must be.
+Tensors all_of(const Tensors& params, const Tensors& lr, std::initializer_list<Tensor> more,
+               std::initializer_list<MaybeTensor> optional) {
+  Tensors all = params;
+  all.insert(all.end(), lr.begin(), lr.end());
+  all.insert(all.end(), more.begin(), more.end());
+  for (const MaybeTensor& x : optional)
+    if (x) all.push_back(*x);
+  return all;
+}
+
+#define MLP_ADAPT_TENSORS \
+  all_of(params, lr, {support_x, support_y, query_x}, {query_y, support_offsets, query_offsets, class_mask})
+
+std::tuple<Tensor, Tensor, Tensor> mlp_adapt_cuda(MLP_ADAPT_PARAMETERS) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  const Tensors tensors = MLP_ADAPT_TENSORS;
+  const Device device("mlp_adapt", {&tensors});
+  const Tensors made = call.is_float() ? saving<float>(call, support_x, no_needs(call), true, device)
+                                       : saving<double>(call, support_x, no_needs(call), true, device);
+  return {made[0], made[1], made[2]};
+}
+
+Tensors backward_cuda(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const std::vector<bool>& needs) {
+  const Call call(MLP_ADAPT_ARGUMENTS);
+  const Tensors tensors = MLP_ADAPT_TENSORS;
+  const Device device("mlp_adapt_backward", {&tensors, &grad_outputs});
+  return call.is_float() ? backward<float>(call, support_x, grad_outputs, needs, nullptr, device)
+                         : backward<double>(call, support_x, grad_outputs, needs, nullptr, device);
+}
+
+Tensors saving_cuda(const Tensors& tensors, const Tensor& settings) {
+  const Call call(tensors, settings);
+  const Device device("mlp_adapt", {&tensors});
+  return call.is_float() ? saving<float>(call, tensors[0], call.needs, false, device)
+                         : saving<double>(call, tensors[0], call.needs, false, device);
+}
+
+Tensors backward_from_state_cuda(const Tensors& grad_outputs, const Tensors& tensors, const Tensor& settings,
+                                 const Tensor& state) {
+  const Call call(tensors, settings);
+  // cotangents that stand for zeros may lie anywhere
+  Tensors given;
+  for (const Tensor& x : grad_outputs)
+    if (x.numel() > 0) given.push_back(x);
+  const Device device("mlp_adapt_backward", {&tensors, &given});
+  return call.is_float() ? backward<float>(call, tensors[0], grad_outputs, call.needs, &state, device)
+                         : backward<double>(call, tensors[0], grad_outputs, call.needs, &state, device);
+}
+
+}  // namespace
+}  // namespace mtml
+
+STABLE_TORCH_LIBRARY_IMPL(mtml_fast, CUDA, m) {
+  m.impl("mlp_adapt", TORCH_BOX(&mtml::mlp_adapt_cuda));
+  m.impl("mlp_adapt_backward", TORCH_BOX(&mtml::backward_cuda));
+  m.impl("_mlp_adapt_saving", TORCH_BOX(&mtml::saving_cuda));
+  m.impl("_mlp_adapt_backward", TORCH_BOX(&mtml::backward_from_state_cuda));
+}
