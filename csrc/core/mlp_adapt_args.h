@@ -56,15 +56,15 @@ struct MlpParameter {
 // The support or the query rows of all tasks.
 template <class T>
 struct MlpRows {
-  const T* x;              // [R, D]
-  const int64_t* labels;   // [R]: cross_entropy
-  const T* targets;        // [R, C]: mse and bce; query rows may have neither
-  // [T + 1]: task t owns the rows offsets[t] .. offsets[t + 1]. Never null on a CPU; on a GPU, where nobody may read it,
-  // null where every task has max_rows of them.
+  const T* x;             // [R, D]
+  const int64_t* labels;  // [R]: cross_entropy
+  const T* targets;       // [R, C]: mse and bce; query rows may have neither
+  // [T + 1]: task t owns the rows offsets[t] .. offsets[t + 1]. Never null on a CPU; on a GPU, where nobody may read
+  // it, null where every task has max_rows of them.
   const int64_t* offsets;
-  int64_t max_rows;        // of the largest task; 0 where nobody knows
-  int64_t all_rows;        // R
-  T* x_gradient;           // [R, D], or null where not wanted
+  int64_t max_rows;  // of the largest task; 0 where nobody knows
+  T* x_gradient;     // [R, D], or null where not wanted
+  int64_t all_rows;  // R; on a CPU offsets tell it
 };
 
 template <class T>

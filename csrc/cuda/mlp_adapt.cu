@@ -11,9 +11,14 @@
 #include "cuda/mlp_network.h"
 #include "cuda/mlp_sweep.h"
 
+// a test may take fewer
+#ifndef MTML_MLP_THREADS
+#define MTML_MLP_THREADS 256
+#endif
+
 namespace mtml::cuda {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = MTML_MLP_THREADS;
 
 template <class T>
 __device__ T* shared_rooms(const Network<T>& network, double** room) {
@@ -156,7 +161,8 @@ class Plan {
   // in doubles
   int64_t place_workspace(double* workspace) {
     Network<T>& c = network;
-    const int64_t sums = a.wants_rates ? c.num_params * c.tasks * c.steps : 0;
+    // behind it arrays are read by fours
+    const int64_t sums = a.wants_rates ? up_to_four(c.num_params * c.tasks * c.steps) : 0;
     c.rate_sums = workspace;
     Counter room{workspace ? reinterpret_cast<T*>(workspace + sums) : nullptr};
     for (Room<T>* of : {&c.u, &c.direction, &c.tangent, &c.delta, &c.w, &c.rate_u}) room.take(*of, c);

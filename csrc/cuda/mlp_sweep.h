@@ -55,7 +55,6 @@ class Sweep {
     tangent_ = view(c.tangent, 0);
     start_backward();
     theta_ = fetch(c.theta, c.steps);
-    __syncthreads();
     evaluate_backward(c.evaluations - 1);
     for (int64_t k = c.steps - 1; k >= 0; --k) {
       // whoever still reads theta_{k+1}
@@ -414,6 +413,7 @@ class Sweep {
   // the cotangents of evaluation s, back to theta
   __device__ void evaluate_backward(int64_t s) {
     const View at = fetch(c.evaluation, s), deltas = view(c.delta, 0);
+    // this, and theta
     __syncthreads();
     loss_backward(s, array(at, c.layers[last()].query.z, q_), array(deltas, c.layers[last()].delta, q_));
     __syncthreads();

@@ -61,6 +61,11 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
+// of csrc/cuda: what a test may ask for
+#define MTML_MLP_THREADS 96
+#define MTML_MAX_BLOCKS shim::max_blocks
+#define MTML_MAX_SHARED shim::max_shared
+
 namespace shim {
 
 struct Launch {
@@ -73,7 +78,7 @@ struct Stream {
 };
 
 // what a test may set
-inline int64_t max_blocks = 2147483647;
+inline int64_t max_blocks = 2147483647, max_shared = 2147483647;
 inline int64_t launches_until_error = -1;
 inline std::mt19937_64 order;
 // the barrier to leave out, as "file:line", and those that were reached
@@ -110,6 +115,7 @@ struct Fiber {
   Site site{};
   // the value that it hands to its warp
   uint64_t value = 0;
+  uint64_t barriers_met = 0;
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(kStackBytes);
   void* sanitizer = nullptr;
@@ -124,7 +130,8 @@ inline size_t scheduler_stack_bytes = 0;
 inline void (*work)(void*) = nullptr;
 inline void* work_argument = nullptr;
 // what a barrier orders, and what the launch does: addresses for ThreadSanitizer
-inline char barrier_order, launch_order;
+// Barriers take turns: who is slow must not see what the fast did after a barrier by the time that they reach the next.
+inline char barrier_order[2], launch_order;
 
 inline void release(void* address) {
 #if defined(__SANITIZE_THREAD__)
@@ -222,7 +229,7 @@ inline bool meet(unsigned begin, unsigned end, State state) {
 CUDA_SHIM_UNSEEN inline void run_block() {
   const unsigned count = block_size.x;
   std::vector<unsigned> turn(count);
-  for (unsigned t = 0; t < count; ++t) turn[t] = t, fibers[t].state = kReady;
+  for (unsigned t = 0; t < count; ++t) turn[t] = t, fibers[t].state = kReady, fibers[t].barriers_met = 0;
   release(&launch_order);
   while (true) {
     std::shuffle(turn.begin(), turn.end(), order);
@@ -242,9 +249,11 @@ CUDA_SHIM_UNSEEN inline void run_block() {
 
 inline void sync_threads(const Site& site) {
   if (!left_out.empty() && left_out == site.text()) return;
-  release(&barrier_order);
+  Fiber* self = running;
+  char* order = &barrier_order[self->barriers_met++ % 2];
+  release(order);
   leave(kAtBarrier, site);
-  acquire(&barrier_order);
+  acquire(order);
 }
 
 // the value of another lane; orders nothing

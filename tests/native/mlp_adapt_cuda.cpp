@@ -1,0 +1,317 @@
+// The kernels of mlp_adapt in tests/native/cuda_shim: random calls with every option. In float64 the gradient is held
+// against differences of what forward sweeps give, in float32 both are held against float64; and all results bit by bit
+// against the same call with less shared memory, on fewer blocks, and a task alone. Arguments: the number of calls, the
+// seed, and the barrier to leave out.
+#include "cuda/mlp_adapt.h"
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <string>
+
+#include "mlp_problem.h"
+
+using namespace mtml;
+
+CUDA_SHIM_SHARED_MEMORY;
+
+namespace {
+
+int failures = 0;
+std::string now;
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
+}
+
+struct Random {
+  std::mt19937_64 engine;
+  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
+  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
+  double normal() { return std::normal_distribution<double>()(engine); }
+};
+
+template <class T>
+struct Kernels;
+template <>
+struct Kernels<float> {
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+};
+template <>
+struct Kernels<double> {
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+};
+
+// A problem as a GPU gets it: without the host's knowledge of offsets, and with rates' gradients as one table.
+template <class T>
+struct Call : Problem<T> {
+  using Problem<T>::a;
+  std::vector<T> table, table_gradient;
+  std::vector<int64_t> parameter_rows;
+
+  Call(Random& r, bool everything = false) : Problem<T>(r, 40, everything) {
+    // as many rows in all tasks now and then: then arrays of rows may lie in shared memory
+    if (r.chance(0.6) || everything) {
+      make_regular(a.support, this->support_offsets);
+      make_regular(a.query, this->query_offsets);
+      // the labels' classes exist in their new tasks too
+      const int64_t classes = this->widths.back();
+      for (int64_t t = 0; a.class_mask && t < a.options.tasks; ++t) {
+        for (int64_t i = t * a.support.max_rows; i < (t + 1) * a.support.max_rows; ++i)
+          this->mask[t * classes + this->support_labels[i]] = 1;
+        for (int64_t i = t * a.query.max_rows; i < (t + 1) * a.query.max_rows; ++i)
+          this->mask[t * classes + this->query_labels[i]] = 1;
+      }
+      // what has no row any more has no result
+      const int64_t evaluations = a.options.every_step ? a.options.steps + 1 : 1;
+      this->outputs.resize(evaluations * a.query.all_rows * this->widths.back());
+      if (a.support.x_gradient) this->support_gradient.resize(a.support.all_rows * this->widths[0]);
+      if (a.query.x_gradient) this->query_gradient.resize(a.query.all_rows * this->widths[0]);
+    } else {
+      a.support.max_rows = a.query.max_rows = 0;
+    }
+    const int64_t steps = std::max<int64_t>(1, a.options.steps);
+    parameter_rows.assign(a.num_params, 1);
+    for (auto& parameter : this->parameters) parameter.rate_sums = nullptr;
+    if (!a.wants_rates || a.params[0].rate_element) return;
+    // [K, parameters]
+    table.resize(steps * a.num_params);
+    table_gradient.resize(table.size());
+    for (int64_t p = 0; p < a.num_params; ++p) {
+      for (int64_t k = 0; k < steps; ++k) table[k * a.num_params + p] = this->rates[p][k];
+      this->parameters[p].rate = table.data() + p;
+      this->parameters[p].rate_step = a.num_params;
+    }
+  }
+
+  // the largest of its tasks stands for all: fewer rows than there are
+  static void make_regular(MlpRows<T>& rows, std::vector<int64_t>& offsets) {
+    const int64_t tasks = static_cast<int64_t>(offsets.size()) - 1;
+    rows.max_rows = offsets[tasks] / tasks;
+    for (int64_t t = 0; t <= tasks; ++t) offsets[t] = t * rows.max_rows;
+    rows.all_rows = offsets[tasks];
+    rows.offsets = nullptr;
+  }
+
+  void run(shim::Stream* stream, bool keeps = true) {
+    const T nothing = std::numeric_limits<T>::quiet_NaN();
+    for (auto* results : {&this->outputs, &this->losses, &this->fast, &table_gradient})
+      std::fill(results->begin(), results->end(), nothing);
+    std::vector<T> state(Kernels<T>::state(&a, keeps), nothing);
+    expect(Kernels<T>::forward(&a, keeps, state.data(), stream) == cudaSuccess, "forward");
+    if (!keeps) return;
+    const cuda::MlpRateGradients<T> rates{table_gradient.empty() ? nullptr : table_gradient.data(),
+                                          std::max<int64_t>(1, a.options.steps), a.num_params, parameter_rows.data()};
+    std::vector<double> workspace(Kernels<T>::workspace(&a), nothing);
+    expect(Kernels<T>::backward(&a, &rates, state.data(), workspace.data(), stream) == cudaSuccess, "backward");
+  }
+
+  std::vector<T> results() const {
+    std::vector<T> all = Problem<T>::results();
+    all.insert(all.end(), table_gradient.begin(), table_gradient.end());
+    return all;
+  }
+
+  double value() {
+    shim::Stream stream;
+    run(&stream, false);
+    double sum = 0;
+    for (size_t i = 0; i < this->losses.size(); ++i) sum += double(this->d_losses[i]) * this->losses[i];
+    for (size_t i = 0; i < this->fast.size(); ++i) sum += double(this->d_fast[i]) * this->fast[i];
+    for (size_t i = 0; a.d_outputs && i < this->outputs.size(); ++i)
+      if (std::isfinite(this->outputs[i])) sum += double(this->d_outputs[i]) * this->outputs[i];
+    return sum;
+  }
+
+  bool has_kinks() const {
+    return a.options.activation == Activation::kRelu || a.options.activation == Activation::kLeakyRelu ||
+           a.options.activation == Activation::kElu;
+  }
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+void check(Random& r, uint64_t seed, bool everything) {
+  Random same{std::mt19937_64(seed)};
+  Call<T> p(same, everything);
+  shim::max_blocks = shim::max_shared = 2147483647;
+  shim::Stream stream;
+  p.run(&stream);
+  std::vector<std::string> kernels;
+  for (const shim::Launch& launch : stream.launches) kernels.push_back(launch.kernel);
+  std::vector<std::string> expected = {"mlp_adapt", "mlp_adapt_backward"};
+  // nothing to add up where every task has its own start and rates stay
+  if (p.a.params[0].task_stride == 0 || p.a.wants_rates) expected.push_back("mlp_adapt_sums");
+  expect(kernels == expected, "launches");
+
+  const std::vector<T> results = p.results();
+  for (const T x : results) expect(!std::isnan(x), "a result that nobody wrote");
+  // from none of it to all of it
+  shim::max_shared = r.chance(0.3) ? 1024 : r.integer(1024, 60000);
+  shim::max_blocks = r.integer(1, 3);
+  p.run(&stream);
+  expect(same_bits(p.results(), results), "less shared memory, fewer blocks");
+  check_alone(p, r.integer(0, p.a.options.tasks - 1));
+}
+
+// a task alone: what does not add up over tasks has the same bits
+template <class T>
+void check_alone(Call<T>& p, int64_t t) {
+  const MlpArguments<T> a = p.a;
+  if (!a.support.offsets || a.params[0].task_stride == 0) return;
+  const std::vector<T> losses = p.losses, dx = p.support_gradient;
+  const std::vector<std::vector<T>> gradients = p.gradients;
+  const int64_t evaluations = a.options.every_step ? a.options.steps + 1 : 1, tasks = a.options.tasks;
+  std::vector<int64_t> support{0, p.support_offsets[t + 1] - p.support_offsets[t]};
+  std::vector<int64_t> query{0, p.query_offsets[t + 1] - p.query_offsets[t]};
+  const int64_t first = p.support_offsets[t], first_query = p.query_offsets[t], width = p.widths[0];
+  const int64_t classes = p.widths.back();
+  std::vector<T> outputs(evaluations * query[1] * classes), alone(evaluations), d_losses(evaluations);
+  for (int64_t s = 0; s < evaluations; ++s) d_losses[s] = p.d_losses[s * tasks + t];
+  const auto rows_of = [&](MlpRows<T>& rows, const std::vector<int64_t>& offsets, int64_t from) {
+    rows.x += from * width;
+    if (rows.labels) rows.labels += from;
+    if (rows.targets) rows.targets += from * classes;
+    if (rows.x_gradient) rows.x_gradient += from * width;
+    rows.offsets = offsets.data();
+    rows.all_rows = offsets[1];
+  };
+  p.a.options.tasks = 1;
+  rows_of(p.a.support, support, first);
+  rows_of(p.a.query, query, first_query);
+  if (p.a.class_mask) p.a.class_mask += t * classes;
+  p.a.outputs = outputs.data();
+  p.a.losses = alone.data();
+  p.a.fast = nullptr;
+  p.a.wants_fast = false;
+  p.a.d_outputs = p.a.d_fast = nullptr;
+  p.a.d_losses = d_losses.data();
+  for (size_t i = 0; i < p.parameters.size(); ++i) {
+    p.parameters[i].start += t * p.parameters[i].task_stride;
+    p.parameters[i].gradient += t * p.parameters[i].task_stride;
+  }
+  shim::Stream stream;
+  shim::max_blocks = shim::max_shared = 2147483647;
+  p.run(&stream);
+  for (int64_t s = 0; s < evaluations; ++s)
+    expect(std::memcmp(&alone[s], &losses[s * tasks + t], sizeof(T)) == 0, "alone: losses");
+  if (a.d_outputs || a.d_fast) return;
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const int64_t size = p.sizes[i];
+    expect(std::memcmp(p.gradients[i].data() + t * size, gradients[i].data() + t * size, size * sizeof(T)) == 0,
+           "alone: gradients");
+  }
+  const int64_t begin = first * width, count = support[1] * width;
+  expect(dx.empty() || std::memcmp(p.support_gradient.data() + begin, dx.data() + begin, count * sizeof(T)) == 0,
+         "alone: feature gradients");
+}
+
+// float32 against float64, of the same numbers
+void check_precision(uint64_t seed) {
+  Random one{std::mt19937_64(seed)}, two{std::mt19937_64(seed)};
+  Call<float> p(one);
+  Call<double> exact(two);
+  if (p.has_kinks()) return;
+  shim::max_blocks = shim::max_shared = 2147483647;
+  shim::Stream stream;
+  p.run(&stream);
+  exact.run(&stream);
+  const std::vector<float> results = p.results();
+  const std::vector<double> wide = exact.results();
+  expect(close(std::vector<double>(results.begin(), results.end()), wide, 2e-3), "float32");
+}
+
+// the gradient along a random direction of everything that has one, by differences
+void check_gradient(Random& r, uint64_t seed) {
+  Random same{std::mt19937_64(seed)};
+  Call<double> p(same);
+  // differences tell little where a norm has few rows
+  if (p.a.options.first_order || p.a.options.norm || p.has_kinks()) return;
+  shim::max_blocks = shim::max_shared = 2147483647;
+  shim::Stream stream;
+  p.run(&stream);
+  double along = 0, size = 0;
+  std::vector<std::pair<std::vector<double>*, std::vector<double>>> moved;
+  const auto add = [&](std::vector<double>& values, const std::vector<double>& gradient) {
+    if (gradient.empty()) return;
+    std::vector<double> direction(values.size());
+    // rows that are nobody's have no gradient
+    for (size_t i = 0; i < gradient.size(); ++i) {
+      direction[i] = r.normal();
+      along += direction[i] * gradient[i];
+      size += std::abs(direction[i] * gradient[i]);
+    }
+    moved.emplace_back(&values, direction);
+  };
+  for (size_t i = 0; i < p.params.size(); ++i) add(p.params[i], p.gradients[i]);
+  for (size_t i = 0; i < p.rates.size(); ++i) add(p.rates[i], p.rate_gradients[i]);
+  add(p.table, p.table_gradient);
+  add(p.support_x, p.support_gradient);
+  add(p.query_x, p.query_gradient);
+  const auto at = [&](double step) {
+    for (auto& [values, direction] : moved)
+      for (size_t i = 0; i < values->size(); ++i) (*values)[i] += step * direction[i];
+    const double value = p.value();
+    for (auto& [values, direction] : moved)
+      for (size_t i = 0; i < values->size(); ++i) (*values)[i] -= step * direction[i];
+    return value;
+  };
+  const double h = 1e-6, difference = (at(h) - at(-h)) / (2 * h);
+  expect(std::abs(difference - along) <= 1e-4 * size + 1e-6,
+         "gradient " + std::to_string(difference) + ", " + std::to_string(along));
+}
+
+// A launch that CUDA refuses: its error comes back, and nothing is launched after it.
+void check_errors() {
+  now = "refused launches";
+  Random r{std::mt19937_64(1)};
+  Call<float> p(r);
+  std::vector<float> state(mtml_cuda_mlp_adapt_state_f32(&p.a, 1));
+  std::vector<double> workspace(mtml_cuda_mlp_adapt_workspace_f32(&p.a));
+  shim::Stream stream;
+  shim::launches_until_error = 0;
+  expect(mtml_cuda_mlp_adapt_f32(&p.a, 1, state.data(), &stream) == cudaErrorInvalidConfiguration, "forward");
+  const cuda::MlpRateGradients<float> rates{nullptr, 0, 0, p.parameter_rows.data()};
+  for (int refused = 0; refused < 2; ++refused) {
+    shim::launches_until_error = refused;
+    mtml_cuda_mlp_adapt_backward_f32(&p.a, &rates, state.data(), workspace.data(), &stream);
+    expect(static_cast<int>(stream.launches.size()) == refused, "launches before the error");
+  }
+  expect(cudaGetLastError() == cudaSuccess, "an error left behind");
+  shim::launches_until_error = -1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int64_t calls = count > 1 ? std::atoll(arguments[1]) : 20;
+  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
+  if (count > 3) shim::left_out = arguments[3];
+  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
+  shim::order.seed(seed);
+  check_errors();
+  for (int64_t i = 0; i < calls && failures == 0; ++i) {
+    now = "call " + std::to_string(i);
+    Random r{std::mt19937_64(seed + static_cast<uint64_t>(i))};
+    // what a barrier guards shows at once
+    const bool everything = i < 2;
+    i % 2 ? check<double>(r, seed + i, everything) : check<float>(r, seed + i, everything);
+    i % 2 ? check_gradient(r, seed + i) : check_precision(seed + i);
+  }
+  for (const std::string& barrier : shim::barriers)
+    if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());
+  std::printf("%s\n", failures ? "FAILED" : "ok");
+  return failures ? 1 : 0;
+}
