@@ -27,7 +27,7 @@ __device__ T* shared_rooms(const Network<T>& network, double** room) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) mlp_adapt(const __grid_constant__ Network<T> network) {
+__global__ void __launch_bounds__(kThreads, 1) mlp_adapt(const __grid_constant__ Network<T> network) {
   double* room;
   T* shared = shared_rooms(network, &room);
   for (int64_t t = blockIdx.x; t < network.tasks; t += gridDim.x) {
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) mlp_adapt(const __grid_constant__ Ne
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) mlp_adapt_backward(const __grid_constant__ Network<T> network) {
+__global__ void __launch_bounds__(kThreads, 1) mlp_adapt_backward(const __grid_constant__ Network<T> network) {
   double* room;
   T* shared = shared_rooms(network, &room);
   for (int64_t t = blockIdx.x; t < network.tasks; t += gridDim.x) {

@@ -12,7 +12,7 @@
 namespace mtml::cuda {
 
 // of a network; no call may have more
-constexpr int64_t kMlpLayers = 24;
+constexpr int64_t kMlpLayers = 16;
 
 // The gradients of rates: of a table [rows, columns], rows 1 or at least K, columns 1 or the parameters; or of each
 // parameter p that has one for each element, rate_gradient [parameter_rows[p], its elements].
