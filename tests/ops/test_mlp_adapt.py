@@ -443,6 +443,18 @@ def test_mean_loss_in_any_use(name, weights):
                 g.add_(1.0)
 
 
+@pytest.mark.parametrize("weights", [(0, 0, 1), (0.5, 2, 3)], ids=str)
+def test_mean_loss_where_no_kernel_computes_its_gradient_at_once(weights, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(eager, "_has_gradients_at_once", lambda _: False)
+    call, leaves = leaves_of(drawn("table"))
+    result = mlp_adapt_mean(**call)
+    terms = [result.outputs.sin().sum(), result.losses.cos().sum(), result.mean_loss]
+    total = sum(weight * term for weight, term in zip(weights, terms, strict=True) if weight)
+    mine = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    assert_close(mine, truth_of_the_mean(call, leaves, weights))
+
+
 def test_mean_loss_accumulates():
     """backward twice adds the same gradient twice, also where .grad has taken what was computed in advance."""
     call, leaves = leaves_of(drawn("table"))

@@ -14,6 +14,7 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
+from mtml_fast.ops._define import OPERATORS
 from mtml_fast.ops._library import LIB
 from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
 
@@ -75,6 +76,9 @@ def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
     tensors = _tensors(arguments)
     if tensors is None:
         return None
+    if not _has_gradients_at_once(tensors):
+        outputs, losses, _ = adapt(arguments, "all")
+        return outputs, losses, (losses[-1] if losses.dim() > 1 else losses).mean()
     needs = _needs(arguments, tensors)
     if True not in needs or not torch.is_grad_enabled():
         return tuple(_GRADIENTS(tensors, _settings(arguments, (False,) * len(needs))))
@@ -98,7 +102,7 @@ def plan(arguments: tuple, backward: bool, keeps_state: bool) -> str | None:
     keeps_state: whether the forward sweep leaves its state for the backward sweep.
     """
     tensors = _tensors(arguments)
-    if tensors is None:
+    if tensors is None or not _has_gradients_at_once(tensors):
         return None
     needs = tuple([backward and needed for needed in _needs(arguments, tensors)])
     with torch.no_grad():
@@ -108,12 +112,22 @@ def plan(arguments: tuple, backward: bool, keeps_state: bool) -> str | None:
 
 def _tensors(arguments: tuple) -> list[Tensor] | None:
     """The tensors of a call, those that may have a gradient first; `None` where the kernels do not serve it."""
-    if not NATIVE or not is_plain():
+    if not is_plain():
         return None
     params, rates, support_x, support_y, query_x, *optional = arguments[:9]
     tensors = [*params, *rates, support_x, query_x, support_y, *[t for t in optional if t is not None]]
-    plain = _TENSORS.issuperset(map(type, tensors)) and False not in [t.is_cpu for t in tensors]
-    return tensors if plain else None
+    if not _TENSORS.issuperset(map(type, tensors)):
+        return None
+    if False not in [t.is_cpu for t in tensors]:
+        return tensors if NATIVE else None
+    device = support_x.device
+    here = not support_x.is_meta and all(t.device == device for t in tensors)
+    return tensors if here and OPERATORS["mlp_adapt"].served_by(device) == "native" else None
+
+
+def _has_gradients_at_once(tensors: list[Tensor]) -> bool:
+    """Whether kernels compute a mean loss together with its gradient: it is what a cache makes worth while."""
+    return tensors[0].is_cpu
 
 
 def _needs(arguments: tuple, tensors: list[Tensor]) -> tuple[bool, ...]:
