@@ -23,25 +23,29 @@ template <class T>
 struct Matrix {
   using Value = std::remove_const_t<T>;
   T* start;
-  int64_t count, width;
+  int count, width;
   // every row begins at a multiple of 16 bytes
   bool aligned;
 
-  __device__ __forceinline__ Matrix(T* start, int64_t count, int64_t width)
+  __device__ __forceinline__ Matrix(T* start, int count, int width)
       : start(start),
         count(count),
         width(width),
         aligned(reinterpret_cast<uintptr_t>(start) % 16 == 0 && width % Pack<Value>::kSize == 0) {}
 
+  template <class U>
+  __device__ __forceinline__ Matrix(const Matrix<U>& other)
+      : start(other.start), count(other.count), width(other.width), aligned(other.aligned) {}
+
   // from `column` on, which is a multiple of a pack's size; zeros behind the row
-  __device__ __forceinline__ Pack<Value> read(int64_t row, int64_t column) const {
+  __device__ __forceinline__ Pack<Value> read(int row, int column) const {
     const T* from = start + row * width + column;
     if (aligned) return *reinterpret_cast<const Pack<Value>*>(from);
     Pack<Value> pack;
     for (int p = 0; p < Pack<Value>::kSize; ++p) pack.at[p] = column + p < width ? from[p] : Value(0);
     return pack;
   }
-  __device__ __forceinline__ void write(int64_t row, int64_t column, const Pack<Value>& pack) const {
+  __device__ __forceinline__ void write(int row, int column, const Pack<Value>& pack) const {
     T* to = start + row * width + column;
     if (aligned) {
       *reinterpret_cast<Pack<Value>*>(to) = pack;
@@ -59,17 +63,16 @@ constexpr int kDotRows = 4, kDotColumns = 5;
 // put(i, j, <a_i, b_j>) once for each pair of rows, for j <= i alone where `lower`. `turn` is how many tiles the warps
 // have had before; returns how many they have had then.
 template <class T, class Put>
-__device__ int64_t row_dots(const Matrix<const T>& a, const Matrix<const T>& b, bool lower, int64_t turn,
-                            const Put& put) {
-  const int64_t columns = (b.count + kDotColumns - 1) / kDotColumns;
-  const int64_t tiles = (a.count + kDotRows - 1) / kDotRows * columns;
+__device__ int row_dots(const Matrix<const T>& a, const Matrix<const T>& b, bool lower, int turn, const Put& put) {
+  const int columns = (b.count + kDotColumns - 1) / kDotColumns;
+  const int tiles = (a.count + kDotRows - 1) / kDotRows * columns;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int64_t first = (threadIdx.x / kWarp + warps - turn % warps) % warps;
-  for (int64_t tile = first; tile < tiles; tile += warps) {
-    const int64_t i0 = tile / columns * kDotRows, j0 = tile % columns * kDotColumns;
+  const int first = (threadIdx.x / kWarp + warps - turn % warps) % warps;
+  for (int tile = first; tile < tiles; tile += warps) {
+    const int i0 = tile / columns * kDotRows, j0 = tile % columns * kDotColumns;
     if (lower && j0 > i0 + kDotRows - 1) continue;
     T sums[kDotRows][kDotColumns] = {};
-    for (int64_t d = lane * Pack<T>::kSize; d < a.width; d += kWarp * Pack<T>::kSize) {
+    for (int d = lane * Pack<T>::kSize; d < a.width; d += kWarp * Pack<T>::kSize) {
       Pack<T> x[kDotRows], y[kDotColumns];
       for (int i = 0; i < kDotRows; ++i) x[i] = a.read(i0 + i < a.count ? i0 + i : a.count - 1, d);
       for (int j = 0; j < kDotColumns; ++j) y[j] = b.read(j0 + j < b.count ? j0 + j : b.count - 1, d);
@@ -90,7 +93,7 @@ __device__ int64_t row_dots(const Matrix<const T>& a, const Matrix<const T>& b, 
       row[j] += __shfl_xor_sync(~0u, second_quarter ? kept[0] : kept[1], 8);
       for (int distance = 4; distance > 0; distance /= 2) row[j] += __shfl_xor_sync(~0u, row[j], distance);
     }
-    const int64_t i = i0 + lane / 8;
+    const int i = i0 + lane / 8;
     for (int j = 0; j < kDotColumns; ++j) {
       if (lane % 8 == j && i < a.count && j0 + j < b.count && (!lower || j0 + j <= i)) put(i, j0 + j, row[j]);
     }
@@ -106,18 +109,18 @@ constexpr int kShortChain = 64;
 
 template <class T>
 struct Tile {
-  int64_t first, count;  // of its rows, and of all
-  int64_t column;
+  int first, count;  // of its rows, and of all
+  int column;
   Pack<T> rows[kTileRows];
 
   // row i += scale * sum_j coefficients[i * row_step + j * term_step] x_j
-  __device__ __forceinline__ void add(T scale, const T* coefficients, int64_t row_step, int64_t term_step,
+  __device__ __forceinline__ void add(T scale, const T* coefficients, int row_step, int term_step,
                                       const Matrix<const T>& x) {
     const T* of[kTileRows];
     for (int i = 0; i < kTileRows; ++i) of[i] = coefficients + (first + i < count ? first + i : count - 1) * row_step;
-    for (int64_t j = 0; j < x.count;) {
+    for (int j = 0; j < x.count;) {
       Pack<T> part[kTileRows] = {};
-      const int64_t end = j + kShortChain < x.count ? j + kShortChain : x.count;
+      const int end = j + kShortChain < x.count ? j + kShortChain : x.count;
       for (; j < end; ++j) {
         const Pack<T> pack = x.read(j, column);
         for (int i = 0; i < kTileRows; ++i) {
@@ -143,9 +146,9 @@ struct Tile {
 // The rows of `out`, each zero and what sum(tile) adds.
 template <class T, class Sum>
 __device__ void combine(const Matrix<T>& out, const Sum& sum) {
-  const int64_t packs = (out.width + Pack<T>::kSize - 1) / Pack<T>::kSize;
-  const int64_t tiles = (out.count + kTileRows - 1) / kTileRows * packs;
-  for (int64_t t = threadIdx.x; t < tiles; t += blockDim.x) {
+  const int packs = (out.width + Pack<T>::kSize - 1) / Pack<T>::kSize;
+  const int tiles = (out.count + kTileRows - 1) / kTileRows * packs;
+  for (int t = threadIdx.x; t < tiles; t += blockDim.x) {
     Tile<T> tile{t / packs * kTileRows, out.count, t % packs * Pack<T>::kSize, {}};
     sum(tile);
     for (int i = 0; i < kTileRows; ++i)
