@@ -81,22 +81,21 @@ __device__ int row_dots(const Matrix<const T>& a, const Matrix<const T>& b, bool
           for (int j = 0; j < kDotColumns; ++j) sums[i][j] += x[i].at[p] * y[j].at[p];
     }
     // over the lanes: halves of a warp exchange two rows each, quarters one, so that eight lanes share a row
-    T row[kDotColumns];
     const bool second_half = lane & 16, second_quarter = lane & 8;
+    T mine = 0;
     for (int j = 0; j < kDotColumns; ++j) {
       T kept[2];
       for (int i = 0; i < 2; ++i) {
         kept[i] = second_half ? sums[2 + i][j] : sums[i][j];
         kept[i] += __shfl_xor_sync(~0u, second_half ? sums[i][j] : sums[2 + i][j], 16);
       }
-      row[j] = second_quarter ? kept[1] : kept[0];
-      row[j] += __shfl_xor_sync(~0u, second_quarter ? kept[0] : kept[1], 8);
-      for (int distance = 4; distance > 0; distance /= 2) row[j] += __shfl_xor_sync(~0u, row[j], distance);
+      T sum = second_quarter ? kept[1] : kept[0];
+      sum += __shfl_xor_sync(~0u, second_quarter ? kept[0] : kept[1], 8);
+      for (int distance = 4; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (lane % 8 == j) mine = sum;
     }
-    const int i = i0 + lane / 8;
-    for (int j = 0; j < kDotColumns; ++j) {
-      if (lane % 8 == j && i < a.count && j0 + j < b.count && (!lower || j0 + j <= i)) put(i, j0 + j, row[j]);
-    }
+    const int i = i0 + lane / 8, j = j0 + lane % 8;
+    if (lane % 8 < kDotColumns && i < a.count && j < b.count && (!lower || j <= i)) put(i, j, mine);
   }
   return turn + tiles;
 }
