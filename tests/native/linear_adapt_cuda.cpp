@@ -23,6 +23,7 @@ namespace {
 
 int failures = 0;
 std::string now;
+double worst[9];
 
 void expect(bool condition, const std::string& what) {
   if (condition) return;
@@ -61,14 +62,12 @@ template <class U>
 struct Results {
   std::vector<U> outputs, losses, fast, weight, bias, weight_rate, bias_rate, support, query;
 };
+template <class U>
+std::vector<std::vector<U>> list(const Results<U>& r) {
+  return {r.outputs, r.losses, r.fast, r.weight, r.bias, r.weight_rate, r.bias_rate, r.support, r.query};
+}
 constexpr const char* kNames[] = {"outputs",     "losses",    "fast",      "weight", "bias",
                                   "weight rate", "bias rate", "support x", "query x"};
-template <class R, class F>
-void for_each_result(R& r, F f) {
-  int i = 0;
-  for (auto* values : {&r.outputs, &r.losses, &r.fast, &r.weight, &r.bias}) f(*values, kNames[i++]);
-  f(r.weight_rate, kNames[5]), f(r.bias_rate, kNames[6]), f(r.support, kNames[7]), f(r.query, kNames[8]);
-}
 
 // One call: arrays of exactly the right size, so that a sanitizer sees every step outside.
 template <class T>
@@ -91,8 +90,11 @@ struct Problem {
     o.tasks = tasks = r.integer(0, 4);
     o.layers = 1;
     o.steps = steps = r.integer(0, 4);
-    features = widths[0] = r.chance(0.15) ? r.integer(100, 300) : r.integer(1, 40);
-    classes = widths[1] = r.chance(0.15) ? r.integer(8, 40) : r.integer(1, 7);
+    // one of them is large now and then: more columns than a warp reads at once, classes than it has lanes, rows than
+    // a tile
+    const int64_t large = r.integer(0, 7);
+    features = widths[0] = large == 0 ? r.integer(130, 200) : r.integer(1, 20);
+    classes = widths[1] = large == 1 ? r.integer(8, 40) : r.integer(1, 7);
     // rows of which each begins at a multiple of 16 bytes
     if (r.chance(0.5)) features = widths[0] = (features + 3) / 4 * 4;
     o.widths = widths;
@@ -106,7 +108,7 @@ struct Problem {
     o.clip = std::numeric_limits<double>::infinity();
     evaluations = o.every_step ? steps + 1 : 1;
 
-    const int64_t most = r.chance(0.2) ? 30 : 9;
+    const int64_t most = large == 2 ? 30 : 9;
     const auto rows = [&](bool ragged, std::vector<int64_t>& offsets, std::vector<T>& x, std::vector<int64_t>& labels,
                           std::vector<T>& targets) {
       const int64_t all = r.integer(r.chance(0.1) ? 0 : 1, most);
@@ -266,6 +268,8 @@ struct Plain {
   int64_t C, D, K;
   U momentum, decay;
   Results<U> r;
+  // of each result the sum of its terms' sizes, by which rounding is measured
+  Results<U> sizes;
 
   explicit Plain(const Problem<T>& p)
       : problem(p),
@@ -284,6 +288,7 @@ struct Plain {
     if (p.wants_rates && a.options.bias) r.bias_rate.resize(p.tasks * K);
     if (p.wants_support) r.support.resize(p.support_offsets.back() * D);
     if (p.wants_query) r.query.resize(p.query_offsets.back() * D);
+    sizes = r;
     for (int64_t t = 0; t < p.tasks; ++t) task(t);
   }
 
@@ -299,13 +304,16 @@ struct Plain {
   };
   bool has(const Data& data, int64_t c) const { return !data.mask || data.mask[c]; }
 
-  std::vector<U> outputs(const Params& th, const Data& data) const {
+  std::vector<U> outputs(const Params& th, const Data& data, std::vector<U>* size = nullptr) const {
     std::vector<U> z(data.rows * C);
+    if (size) size->resize(data.rows * C);
     for (int64_t i = 0; i < data.rows; ++i) {
       for (int64_t c = 0; c < C; ++c) {
         U sum = 0;
         for (int64_t d = 0; d < D; ++d) sum += static_cast<U>(data.x[i * D + d]) * th[c * (D + 1) + d];
         z[i * C + c] = sum + th[c * (D + 1) + D];
+        for (int64_t d = 0; size && d <= D; ++d)
+          (*size)[i * C + c] += std::abs((d < D ? static_cast<U>(data.x[i * D + d]) : U(1)) * th[c * (D + 1) + d]);
       }
     }
     return z;
@@ -358,23 +366,29 @@ struct Plain {
   }
 
   // to += d^T [x, 1]
-  void add_outer(const Data& data, const std::vector<U>& d, Params& to) const {
+  void add_outer(const Data& data, const std::vector<U>& d, Params& to, Params& to_size) const {
     for (int64_t c = 0; c < C; ++c) {
       for (int64_t e = 0; e <= D; ++e) {
-        U sum = 0;
-        for (int64_t i = 0; i < data.rows; ++i)
-          sum += d[i * C + c] * (e < D ? static_cast<U>(data.x[i * D + e]) : U(1));
-        to[c * (D + 1) + e] += sum;
+        U sum = 0, size = 0;
+        for (int64_t i = 0; i < data.rows; ++i) {
+          const U term = d[i * C + c] * (e < D ? static_cast<U>(data.x[i * D + e]) : U(1));
+          sum += term, size += std::abs(term);
+        }
+        to[c * (D + 1) + e] += sum, to_size[c * (D + 1) + e] += size;
       }
     }
   }
   // dx += d W
-  void add_features(const Data& data, const std::vector<U>& d, const Params& th, U* dx) const {
+  void add_features(const Data& data, const std::vector<U>& d, const Params& th, std::vector<U>& dx,
+                    std::vector<U>& dx_size) const {
     for (int64_t i = 0; i < data.rows; ++i) {
       for (int64_t e = 0; e < D; ++e) {
-        U sum = 0;
-        for (int64_t c = 0; c < C; ++c) sum += d[i * C + c] * th[c * (D + 1) + e];
-        dx[i * D + e] += sum;
+        U sum = 0, size = 0;
+        for (int64_t c = 0; c < C; ++c) {
+          const U term = d[i * C + c] * th[c * (D + 1) + e];
+          sum += term, size += std::abs(term);
+        }
+        dx[i * D + e] += sum, dx_size[i * D + e] += size;
       }
     }
   }
@@ -405,11 +419,13 @@ struct Plain {
       th[c * (D + 1) + D] = o.bias ? p.b[t * p.params[1].task_stride + c] : T(0);
     }
     std::vector<Params> ths{th}, velocities{velocity};
+    Params th_size(size), u_size(size, U(0));
+    for (int64_t e = 0; e < size; ++e) th_size[e] = std::abs(th[e]);
     for (int64_t k = 0; k < K; ++k) {
       std::vector<U> d;
       loss(support, outputs(th, support), &d, nullptr, nullptr);
       Params g(size, U(0));
-      add_outer(support, d, g);
+      add_outer(support, d, g, th_size);
       for (int64_t e = 0; e < size; ++e) {
         if (!moves(e)) continue;
         velocity[e] = momentum * velocity[e] + g[e] + decay * th[e];
@@ -422,14 +438,16 @@ struct Plain {
     for (int64_t e = 0; e < size; ++e) {
       const int64_t c = e / (D + 1), d = e % (D + 1), at = is_bias(e) ? C * D + c : c * D + d;
       if (is_bias(e) && !o.bias) continue;
-      if (a.wants_fast) r.fast[t * p.size() + at] = th[e];
-      if (a.d_fast) u[e] = p.d_fast[t * p.size() + at];
+      if (a.wants_fast) r.fast[t * p.size() + at] = th[e], sizes.fast[t * p.size() + at] = th_size[e];
+      if (a.d_fast) u[e] = p.d_fast[t * p.size() + at], u_size[e] = std::abs(u[e]);
     }
-    std::vector<U> dx(support.rows * D, U(0)), dxq(q * D, U(0));
+    std::vector<U> dx(support.rows * D, U(0)), dxq(q * D, U(0)), dx_size = dx, dxq_size = dxq;
     const auto evaluate = [&](int64_t k, int64_t s) {
-      const std::vector<U> z = outputs(ths[k], query);
-      std::vector<U> d(q * C, U(0));
+      std::vector<U> d(q * C, U(0)), z_size;
+      const std::vector<U> z = outputs(ths[k], query, &z_size);
       r.losses[s * p.tasks + t] = labelled ? loss(query, z, &d, nullptr, nullptr) : U(0);
+      for (const U size : z_size)
+        sizes.losses[s * p.tasks + t] = std::max(sizes.losses[s * p.tasks + t], size * (1 + size));
       const U weight = a.d_losses ? static_cast<U>(p.d_losses[s * p.tasks + t]) : U(0);
       const int64_t start = (s * p.query_offsets.back() + q_begin) * C;
       for (int64_t i = 0; i < q * C; ++i) {
@@ -437,83 +455,77 @@ struct Plain {
         r.outputs[start + i] = exists                          ? z[i]
                                : o.loss == Loss::kCrossEntropy ? -std::numeric_limits<U>::infinity()
                                                                : U(0);
+        sizes.outputs[start + i] = z_size[i];
         d[i] = weight * d[i] + (a.d_outputs && exists ? static_cast<U>(p.d_outputs[start + i]) : U(0));
       }
-      add_outer(query, d, u);
-      add_features(query, d, ths[k], dxq.data());
+      add_outer(query, d, u, u_size);
+      add_features(query, d, ths[k], dxq, dxq_size);
     };
     evaluate(K, S - 1);
     for (int64_t k = K - 1; k >= 0; --k) {
-      U sums[2] = {0, 0};
+      U sums[2] = {0, 0}, sum_sizes[2] = {0, 0};
       for (int64_t e = 0; e < size; ++e) {
         if (!moves(e)) continue;
         sums[is_bias(e)] -= u[e] * velocities[k + 1][e];
+        sum_sizes[is_bias(e)] += u_size[e] * std::abs(velocities[k + 1][e]);
         direction[e] = momentum * direction[e] - rate(e, k) * u[e];
-        u[e] += decay * direction[e];
+        u[e] += decay * direction[e], u_size[e] += std::abs(decay * direction[e]);
       }
-      if (!r.weight_rate.empty()) r.weight_rate[t * K + k] = sums[0];
-      if (!r.bias_rate.empty()) r.bias_rate[t * K + k] = sums[1];
+      if (p.wants_rates) r.weight_rate[t * K + k] = sums[0], sizes.weight_rate[t * K + k] = sum_sizes[0];
+      if (p.wants_rates && o.bias) r.bias_rate[t * K + k] = sums[1], sizes.bias_rate[t * K + k] = sum_sizes[1];
       if (!o.first_order) {
         const std::vector<U> z = outputs(ths[k], support), rz = outputs(direction, support);
         std::vector<U> d, rd;
         loss(support, z, &d, &rz, &rd);
-        add_outer(support, rd, u);
-        add_features(support, d, direction, dx.data());
-        add_features(support, rd, ths[k], dx.data());
+        add_outer(support, rd, u, u_size);
+        add_features(support, d, direction, dx, dx_size);
+        add_features(support, rd, ths[k], dx, dx_size);
       }
       if (o.every_step) evaluate(k, k);
     }
     for (int64_t e = 0; e < size; ++e) {
       const int64_t c = e / (D + 1), d = e % (D + 1);
-      if (is_bias(e) && p.wants_b) r.bias[(p.params[1].task_stride ? t * C : 0) + c] += u[e];
-      if (!is_bias(e) && p.wants_w) r.weight[(p.params[0].task_stride ? t * C * D : 0) + c * D + d] += u[e];
+      const int64_t at_w = (p.params[0].task_stride ? t * C * D : 0) + c * D + d;
+      const int64_t at_b = (p.params[1].task_stride ? t * C : 0) + c;
+      if (is_bias(e) && p.wants_b) r.bias[at_b] += u[e], sizes.bias[at_b] += u_size[e];
+      if (!is_bias(e) && p.wants_w) r.weight[at_w] += u[e], sizes.weight[at_w] += u_size[e];
     }
-    if (p.wants_support) std::copy(dx.begin(), dx.end(), r.support.begin() + s_begin * D);
-    if (p.wants_query) std::copy(dxq.begin(), dxq.end(), r.query.begin() + q_begin * D);
+    const auto place = [](const std::vector<U>& from, std::vector<U>& to, int64_t begin) {
+      if (!to.empty()) std::copy(from.begin(), from.end(), to.begin() + begin);
+    };
+    place(dx, r.support, s_begin * D), place(dx_size, sizes.support, s_begin * D);
+    place(dxq, r.query, q_begin * D), place(dxq_size, sizes.query, q_begin * D);
   }
 };
 
-// Of a result: the largest error and the largest element. Infinities must agree.
-struct Error {
-  double error = 0, size = 0;
-};
+// the largest error, NaN where one is; infinities must agree
 template <class U>
-Error error_of(const std::vector<U>& got, const std::vector<long double>& exact) {
-  Error result;
+double error_of(const std::vector<U>& got, const std::vector<long double>& exact) {
+  double result = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     if (static_cast<long double>(got[i]) == exact[i]) continue;
     const double error = static_cast<double>(std::fabs(static_cast<long double>(got[i]) - exact[i]));
-    // also where it is NaN
-    if (!(error <= result.error)) result.error = error;
-    if (std::isfinite(exact[i])) result.size = std::max(result.size, std::fabs(static_cast<double>(exact[i])));
+    if (!(error <= result)) result = error;
   }
   return result;
 }
 
-double worst = 0;
-
 template <class T>
 void check_values(const Problem<T>& p, const Results<T>& got) {
-  Plain<long double, T> exact(p);
-  Plain<T, T> plain(p);
-  std::vector<Error> errors, allowed;
-  for_each_result(exact.r, [&](auto& values, const char* name) {
-    const auto pick = [&](auto& results) {
-      Error error;
-      for_each_result(results, [&](auto& mine, const char* other) {
-        if (other != name) return;
-        expect(mine.size() == values.size(), std::string("size of ") + name);
-        if (mine.size() == values.size()) error = error_of(mine, values);
-      });
-      return error;
-    };
-    const Error mine = pick(const_cast<Results<T>&>(got)), theirs = pick(plain.r);
-    const double unit = std::numeric_limits<T>::epsilon() * mine.size;
-    if (unit > 0) worst = std::max(worst, (mine.error - 2 * theirs.error) / unit);
-    expect(mine.error <= 2 * theirs.error + 16 * unit, std::string(name) + " off by " +
-                                                           std::to_string(mine.error / unit) + " units, plain by " +
-                                                           std::to_string(theirs.error / unit));
-  });
+  const Plain<long double, T> exact(p);
+  const auto values = list(exact.r), sizes = list(exact.sizes);
+  const auto mine = list(got), plain = list(Plain<T, T>(p).r);
+  for (size_t i = 0; i < values.size(); ++i) {
+    expect(mine[i].size() == values[i].size(), std::string("size of ") + kNames[i]);
+    if (mine[i].size() != values[i].size()) continue;
+    long double size = 0;
+    for (const long double x : sizes[i]) size = std::max(size, x);
+    const double unit = std::numeric_limits<T>::epsilon() * static_cast<double>(size);
+    const double error = error_of(mine[i], values[i]), theirs = error_of(plain[i], values[i]);
+    if (unit > 0) worst[i] = std::max(worst[i], (error - 2 * theirs) / unit);
+    expect(error <= 2 * theirs + 16 * unit, std::string(kNames[i]) + " off by " + std::to_string(error / unit) +
+                                                " units, plain by " + std::to_string(theirs / unit));
+  }
 }
 
 template <class T>
@@ -545,12 +557,9 @@ Results<T> part_of(const Problem<T>& p, const Results<T>& r, int64_t t) {
 }
 
 template <class T>
-void expect_same(Results<T> a, Results<T> b, const std::string& what) {
-  std::vector<std::vector<T>> others;
-  for_each_result(b, [&](auto& values, const char*) { others.push_back(values); });
-  size_t i = 0;
-  for_each_result(a,
-                  [&](auto& values, const char* name) { expect(same_bits(values, others[i++]), what + ": " + name); });
+void expect_same(const Results<T>& a, const Results<T>& b, const std::string& what) {
+  const auto some = list(a), others = list(b);
+  for (size_t i = 0; i < some.size(); ++i) expect(same_bits(some[i], others[i]), what + ": " + kNames[i]);
 }
 
 template <class T>
@@ -599,10 +608,10 @@ void check(Random& random) {
     expected.push_back("linear_adapt_sums");
   expect(kernels == expected, "launches");
   check_values(p, got);
-  expect_same(p.run(0, p.tasks, &stream), got, "twice");
   if (p.tasks == 0) return;
-  check_alone(p, got, random.integer(0, p.tasks - 1), &stream);
-  check_label(p, got, random, &stream);
+  if (random.chance(0.3)) expect_same(p.run(0, p.tasks, &stream), got, "twice");
+  if (random.chance(0.5)) check_alone(p, got, random.integer(0, p.tasks - 1), &stream);
+  if (random.chance(0.3)) check_label(p, got, random, &stream);
 }
 
 // What is not for these kernels, and a launch that CUDA refuses: its error comes back and nothing is launched after it.
@@ -660,6 +669,7 @@ int main(int count, char** arguments) {
   for (const std::string& barrier : shim::barriers)
     if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());
   std::printf("%s\n", failures ? "FAILED" : "ok");
-  if (std::getenv("WORST")) std::printf("worst %g\n", worst);
+  if (std::getenv("WORST"))
+    for (double w : worst) std::printf("%.2g ", w);
   return failures ? 1 : 0;
 }
