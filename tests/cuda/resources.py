@@ -4,11 +4,13 @@ figures held against csrc/cuda/resources.txt. `make cuda-check UPDATE=1` writes 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,15 +40,20 @@ def nvcc_release() -> str | None:
 
 def measure(folder: Path) -> dict[tuple[str, str], Resources]:
     """(kernel, architecture) -> its figures; objects go into the folder. Raises where a file does not compile."""
-    found = {}
-    for source in SOURCES:
-        codes = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-        command = ["nvcc", *FLAGS, *codes, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(folder / source.stem)]
-        built = subprocess.run([*command[:-1], command[-1] + ".o"], capture_output=True, text=True)
+
+    def compile_for(job: tuple[Path, str]) -> dict[tuple[str, str], Resources]:
+        source, name = job
+        code = f"-gencode=arch=compute_{name[3:]},code={name}"
+        target = folder / f"{source.stem}_{name}.o"
+        command = ["nvcc", *FLAGS, code, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)]
+        built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             raise RuntimeError(f"{source.name} does not compile:\n{built.stdout}{built.stderr}")
-        found.update(_parse(built.stdout + built.stderr))
-    return found
+        return _parse(built.stdout + built.stderr)
+
+    jobs = [(source, name) for source in SOURCES for name in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {key: row for found in pool.map(compile_for, jobs) for key, row in found.items()}
 
 
 def _parse(log: str) -> dict[tuple[str, str], Resources]:

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,16 +34,15 @@ def build(target: Path, flags: list[str], *sources: Path) -> Path:
 def programs(tmp_path_factory):
     """(operator, sanitizer) -> its check."""
     folder = tmp_path_factory.mktemp("shim")
-    return {
-        (name, kind): build(
-            folder / f"{name}_{kind}",
-            [f"-fsanitize={flag}"],
-            ROOT / f"csrc/cuda/{name}.cu",
-            ROOT / f"tests/native/{name}_cuda.cpp",
-        )
-        for name in OPERATORS
-        for kind, flag in SANITIZERS.items()
-    }
+
+    def program(key: tuple[str, str]) -> Path:
+        name, kind = key
+        sources = (ROOT / f"csrc/cuda/{name}.cu", ROOT / f"tests/native/{name}_cuda.cpp")
+        return build(folder / f"{name}_{kind}", [f"-fsanitize={SANITIZERS[kind]}"], *sources)
+
+    keys = [(name, kind) for name in OPERATORS for kind in SANITIZERS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(keys, pool.map(program, keys), strict=True))
 
 
 def run(program: Path, *arguments) -> subprocess.CompletedProcess:
