@@ -123,6 +123,12 @@ class MlpSetup {
 
   // Where a table of rates has its gradient, or null.
   T* table_gradient() const { return table_gradient_; }
+  // Room [params, T, K] for what tasks add to the rates of a table.
+  void give_rate_sums(double* room) {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (params_[i].moves) params_[i].rate_sums = room + i * tasks() * call_.steps;
+    }
+  }
 
   // After the backward sweep: the gradient of a table of rates, summed over the tasks in their order.
   void finish_gradients() {

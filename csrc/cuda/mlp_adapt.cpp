@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/mlp_adapt_call.h"
+#include "cuda/linear_adapt.h"
 #include "cuda/tensors.h"
 
 namespace mtml {
@@ -23,6 +24,12 @@ struct Kernels<float> {
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f32;
+  static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f32;
+  static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f32;
+  static constexpr auto linear_workspace = mtml_cuda_linear_adapt_workspace_size_f32;
+  static constexpr auto linear_forward = mtml_cuda_linear_adapt_forward_f32;
+  static constexpr auto linear_backward = mtml_cuda_linear_adapt_backward_f32;
 };
 template <>
 struct Kernels<double> {
@@ -30,7 +37,25 @@ struct Kernels<double> {
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f64;
+  static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f64;
+  static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f64;
+  static constexpr auto linear_workspace = mtml_cuda_linear_adapt_workspace_size_f64;
+  static constexpr auto linear_forward = mtml_cuda_linear_adapt_forward_f64;
+  static constexpr auto linear_backward = mtml_cuda_linear_adapt_backward_f64;
 };
+
+// A head on features that stay is adapted in dual form, where its rows are counted by the host.
+template <class T>
+bool is_linear(const MlpArguments<T>& a) {
+  return !a.support.offsets && !a.query.offsets && Kernels<T>::linear_serves(&a);
+}
+
+// elements of what the forward sweep leaves for the reverse, or needs for itself
+template <class T>
+int64_t state_size(const MlpArguments<T>& a, bool keeps) {
+  return is_linear(a) ? Kernels<T>::linear_state(&a) : Kernels<T>::state(&a, keeps);
+}
 
 void check_layers(int64_t layers) {
   MTML_CHECK(layers <= cuda::kMlpLayers, "mlp_adapt: params must be those of at most ", cuda::kMlpLayers,
@@ -61,8 +86,9 @@ Tensors saving(const Call& call, const Tensor& like, const std::vector<bool>& ne
   if (a.wants_fast) a.fast = data<T>(made[2]);
   const bool keeps = keeps_anyway || std::find(needs.begin(), needs.end(), true) != needs.end();
   // without a reverse it is the sweep's own workspace
-  const Tensor state = room(like, Kernels<T>::state(&a, keeps));
-  check_launch("mlp_adapt", Kernels<T>::forward(&a, keeps, data<T>(state), device.stream()));
+  const Tensor state = room(like, state_size(a, keeps));
+  check_launch("mlp_adapt", is_linear(a) ? Kernels<T>::linear_forward(&a, data<T>(state), device.stream())
+                                         : Kernels<T>::forward(&a, keeps, data<T>(state), device.stream()));
   made.push_back(keeps ? state : room(like, 0));
   return made;
 }
@@ -82,7 +108,7 @@ Tensors backward(const Call& call, const Tensor& like, const Tensors& grad_outpu
     return data<T>(gradients.back());
   });
   const Tensors cotangents = give_cotangents(setup, call, grad_outputs);
-  const int64_t size = Kernels<T>::state(&a, true);
+  const int64_t size = state_size(a, true);
   MTML_CHECK(state.numel() == size && state.is_contiguous() && dtype_of(state) == call.params[0].dtype,
              "mlp_adapt_backward: state must be the one of the forward sweep with ", size, " elements, got ",
              state.numel());
@@ -91,9 +117,17 @@ Tensors backward(const Call& call, const Tensor& like, const Tensors& grad_outpu
   for (size_t i = 0; !is_table && i < call.lr.size(); ++i) parameter_rows[i] = call.lr[i].shape.sizes[0];
   const cuda::MlpRateGradients<T> rates{setup.table_gradient(), is_table ? call.lr[0].shape.sizes[0] : 0,
                                         is_table ? call.lr[0].shape.sizes[1] : 0, parameter_rows.data()};
-  const Tensor scratch = workspace(like, Kernels<T>::workspace(&a));
-  check_launch("mlp_adapt_backward", Kernels<T>::backward(&a, &rates, static_cast<const T*>(state.const_data_ptr()),
-                                                          data<double>(scratch), device.stream()));
+  const T* kept = static_cast<const T*>(state.const_data_ptr());
+  if (!is_linear(a)) {
+    const Tensor scratch = workspace(like, Kernels<T>::workspace(&a));
+    check_launch("mlp_adapt_backward", Kernels<T>::backward(&a, &rates, kept, data<double>(scratch), device.stream()));
+    return gradients;
+  }
+  const Tensor sums = workspace(like, rates.table ? a.num_params * setup.tasks() * a.options.steps : 0);
+  if (rates.table) setup.give_rate_sums(data<double>(sums));
+  const Tensor scratch = room(like, Kernels<T>::linear_workspace(&a));
+  check_launch("mlp_adapt_backward", Kernels<T>::linear_backward(&a, kept, data<T>(scratch), device.stream()));
+  check_launch("mlp_adapt_backward", Kernels<T>::rates(&a, &rates, data<double>(sums), device.stream()));
   return gradients;
 }
 

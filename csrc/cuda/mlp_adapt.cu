@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kThreads)
     const bool all_params = c.table_columns == 1, all_steps = c.table_rows == 1;
     double total = 0;
     for (int64_t p = all_params ? 0 : column; p < (all_params ? c.num_params : column + 1); ++p) {
-      for (int64_t t = 0; t < c.tasks; ++t) {
+      // a parameter that stays has none
+      for (int64_t t = 0; t < c.tasks && c.params[p].moves; ++t) {
         const double* sums = c.rate_sums + (p * c.tasks + t) * c.steps;
         // steps that are not taken have none
         for (int64_t k = all_steps ? 0 : row; k < c.steps && (all_steps || k == row); ++k) total += sums[k];
@@ -353,17 +354,9 @@ int forward(const MlpArguments<T>& arguments, bool keeps, T* state, void* stream
                 plan.network);
 }
 
+// the launch that adds up over tasks
 template <class T>
-int backward(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates, const T* state, double* workspace,
-             void* stream) {
-  int64_t limit;
-  cudaError_t error = shared_memory_limit(&limit);
-  if (error != cudaSuccess) return error;
-  Plan<T> plan(arguments, true, true);
-  plan.place_state(const_cast<T*>(state));
-  plan.place_workspace(workspace);
-  plan.place_shared(limit);
-  Network<T>& c = plan.network;
+int sums(Network<T>& c, const MlpRateGradients<T>& rates, void* stream) {
   c.table_gradient = rates.table;
   c.table_rows = rates.rows;
   c.table_columns = rates.columns;
@@ -375,10 +368,32 @@ int backward(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates,
     param.rate_rows = rates.parameter_rows[p];
     elements += param.size * param.rate_rows;
   }
-  error = launch(mlp_adapt_backward<T>, c.tasks, kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream), c);
-  if (error != cudaSuccess) return error;
   return launch(mlp_adapt_sums<T>, (elements + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream),
                 c, elements);
+}
+
+template <class T>
+int backward(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates, const T* state, double* workspace,
+             void* stream) {
+  int64_t limit;
+  cudaError_t error = shared_memory_limit(&limit);
+  if (error != cudaSuccess) return error;
+  Plan<T> plan(arguments, true, true);
+  plan.place_state(const_cast<T*>(state));
+  plan.place_workspace(workspace);
+  plan.place_shared(limit);
+  error = launch(mlp_adapt_backward<T>, plan.network.tasks, kThreads, plan.shared_bytes,
+                 static_cast<cudaStream_t>(stream), plan.network);
+  return error != cudaSuccess ? static_cast<int>(error) : sums(plan.network, rates, stream);
+}
+
+template <class T>
+int rates_alone(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates, const double* rate_sums,
+                void* stream) {
+  Plan<T> plan(arguments, true, true);
+  plan.network.rate_sums = const_cast<double*>(rate_sums);
+  for (Param<T>& param : plan.network.params) param.gradient = param.rate_gradient = nullptr;
+  return sums(plan.network, rates, stream);
 }
 
 }  // namespace mtml::cuda
@@ -414,6 +429,17 @@ int mtml_cuda_mlp_adapt_backward_f64(const mtml::MlpArguments<double>* arguments
                                      const mtml::cuda::MlpRateGradients<double>* rates, const double* state,
                                      double* workspace, void* stream) {
   return mtml::cuda::backward(*arguments, *rates, state, workspace, stream);
+}
+
+int mtml_cuda_mlp_adapt_rates_f32(const mtml::MlpArguments<float>* arguments,
+                                  const mtml::cuda::MlpRateGradients<float>* rates, const double* rate_sums,
+                                  void* stream) {
+  return mtml::cuda::rates_alone(*arguments, *rates, rate_sums, stream);
+}
+int mtml_cuda_mlp_adapt_rates_f64(const mtml::MlpArguments<double>* arguments,
+                                  const mtml::cuda::MlpRateGradients<double>* rates, const double* rate_sums,
+                                  void* stream) {
+  return mtml::cuda::rates_alone(*arguments, *rates, rate_sums, stream);
 }
 
 }  // extern "C"

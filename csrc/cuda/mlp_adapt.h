@@ -44,4 +44,12 @@ int mtml_cuda_mlp_adapt_backward_f64(const mtml::MlpArguments<double>* arguments
                                      const mtml::cuda::MlpRateGradients<double>* rates, const double* state,
                                      double* workspace, void* stream);
 
+// The gradient of a table of rates alone, from what each task adds to it: rate_sums [params, T, K]. One launch.
+int mtml_cuda_mlp_adapt_rates_f32(const mtml::MlpArguments<float>* arguments,
+                                  const mtml::cuda::MlpRateGradients<float>* rates, const double* rate_sums,
+                                  void* stream);
+int mtml_cuda_mlp_adapt_rates_f64(const mtml::MlpArguments<double>* arguments,
+                                  const mtml::cuda::MlpRateGradients<double>* rates, const double* rate_sums,
+                                  void* stream);
+
 }  // extern "C"

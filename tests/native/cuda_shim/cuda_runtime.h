@@ -298,9 +298,6 @@ inline cudaError_t fail(cudaError_t error) { return last_error = error; }
 
 }  // namespace shim
 
-// how many blocks a launch has at most: a test may ask for more than one round
-#define MTML_MAX_BLOCKS shim::max_blocks
-
 using cudaStream_t = shim::Stream*;
 
 #define threadIdx shim::thread_index
