@@ -13,6 +13,7 @@ import torch
 from mtml_fast import __version__
 from mtml_fast.ops import OPERATORS
 from mtml_fast.ops._check import cuda_device
+from mtml_fast.ops._define import Operator
 from mtml_fast.ops._library import build_info, cuda_build_info, cuda_status, native_status
 from mtml_fast.ops._triton import has_file, missing
 
@@ -52,7 +53,7 @@ def services() -> list[Service]:
     for device in ("cpu", "cuda"):
         for name, operator in sorted(OPERATORS.items()):
             by = operator.served_by(device)
-            found.append(Service(name, device, by, _why(name, by, device)))
+            found.append(Service(name, device, by, _why(operator, by, device)))
     return found
 
 
@@ -80,11 +81,16 @@ def main() -> None:
         print(f"{name:20}  {'unset' if value is None else repr(value):12}  {does}")
 
 
-def _why(name: str, by: str, device: str) -> str:
+def _why(operator: Operator, by: str, device: str) -> str:
+    name = operator.name
+    # the CUDA library has kernels for it, but none that this device runs
+    instead = f" in the place of the CUDA library: {operator.refused}" if device == "cuda" and operator.refused else ""
     if by == "native":
         return "own kernels, forward and backward"
     if by == "triton":
-        return "own kernels, forward and backward, compiled at the first call"
+        return f"own kernels, forward and backward, compiled at the first call{instead}"
+    if instead:
+        return f"PyTorch operations{instead}"
     if device == "cuda" and has_file(name):
         return f"its Triton kernels cannot run: {missing()}"
     if device == "cpu" and build_info() is None:

@@ -100,7 +100,8 @@ def rate(name: str, value, *, like: Tensor, read: bool = True) -> Tensor:
     """A learning rate, a number or a tensor, as a finite tensor of the dtype and on the device of another."""
     if not isinstance(value, Tensor):
         number(name, value)
-        return torch.tensor(value, dtype=like.dtype, device=like.device)
+        # filled in on the device: a copy from the host could not be captured in a graph
+        return torch.full((), value, dtype=like.dtype, device=like.device)
     floating(name, value, like=like, like_name="the parameters")
     if read and readable(value) and not bool(value.isfinite().all()):
         bad = value.detach().flatten()[~value.detach().isfinite().flatten()][0]

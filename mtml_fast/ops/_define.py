@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mtml_fast.ops import _triton
+from mtml_fast.ops import _cuda, _triton
 from mtml_fast.ops._library import LIB, warn_without_cuda
 from mtml_fast.ops._route import has_kernel, needs_reference, ordinary_dispatch
 
@@ -35,7 +35,11 @@ class Operator:
         self.refuse: str | None = refuse
         # whether Triton kernels serve CUDA devices
         self.triton = False
-        self._known: dict[str, bool] = {}
+        # why the CUDA library does not, though it has kernels
+        self.refused: str | None = None
+        # the reference as kernels, by the operator's name and its backward operators'
+        self.kernels: dict[str, Callable] = {}
+        self._known: dict[torch.device, bool] = {}
         namespace = torch.ops.mtml_fast
         self.forward = getattr(namespace, name).default
         self.backward = getattr(namespace, f"{name}_backward").default
@@ -44,7 +48,7 @@ class Operator:
 
     def __call__(self, *args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
-        native = self._native(first.device.type)
+        native = self._native(first.device)
         if not native and first.device.type == "cuda" and not torch.compiler.is_compiling():
             warn_without_cuda()
         if needs_reference(native):
@@ -53,18 +57,38 @@ class Operator:
 
     def served_by(self, device: str | torch.device) -> str:
         """Who serves forward and backward on a device: "native", "triton" or "reference"."""
-        kind = torch.device(device).type
-        if not self._native(kind):
+        device = torch.device(device)
+        if not self._native(device):
             return "reference"
-        return "triton" if kind == "cuda" and self.triton else "native"
+        return "triton" if device.type == "cuda" and self.triton else "native"
 
-    def _native(self, device_type: str) -> bool:
-        if device_type not in self._known:
-            names = (f"mtml_fast::{self.name}", f"mtml_fast::{self.name}_backward")
-            self._known[device_type] = all(has_kernel(name, device_type) for name in names)
-            if device_type == "cuda" and not self._known[device_type]:
-                _triton.warn_of_missing(self.name)
-        return self._known[device_type]
+    def _native(self, device: torch.device) -> bool:
+        if device not in self._known:
+            names = (self.name, f"{self.name}_backward")
+            native = all(has_kernel(f"mtml_fast::{name}", device.type) for name in names)
+            if device.type == "cuda":
+                native = self._served_in_cuda(native, device)
+            self._known[device] = native
+        return self._known[device]
+
+    def _served_in_cuda(self, native: bool, device: torch.device) -> bool:
+        if not native:
+            _triton.warn_of_missing(self.name)
+        elif not self.triton and self.refused is None and (why := _cuda.refusal(device)):
+            _cuda.warn_of_refusal(why)
+            self._hand_over(why)
+        return self.triton or (native and self.refused is None)
+
+    def _hand_over(self, why: str) -> None:
+        """The CUDA key to Triton or the reference: of all devices, as the dispatcher knows no single ones."""
+        self.refused = why
+        self.triton = _triton.register(self.name, LIB, override=True)
+        for name, kernel in self.kernels.items():
+            taken = self.triton and name in (self.name, f"{self.name}_backward")
+            if not taken and has_kernel(f"mtml_fast::{name}", "cuda"):
+                _triton.replace(LIB, name, kernel)
+        # what was known of other devices is over
+        self._known.clear()
 
 
 def define_op(
@@ -137,8 +161,11 @@ def define_op(
         _, pullback = torch.func.vjp(first, *(flat[i] for i in wanted))
         return list(pullback(tuple(grad_results)))
 
-    LIB.impl(name, _kernel(reference), "CompositeExplicitAutograd")
-    LIB.impl(f"{name}_backward", _kernel(backward_reference), "CompositeExplicitAutograd")
+    operator.kernels = {name: _kernel(reference), f"{name}_backward": _kernel(backward_reference)}
+    if double_backward:
+        operator.kernels[f"{name}_double_backward"] = _kernel(double_backward_reference)
+    for target, kernel in operator.kernels.items():
+        LIB.impl(target, kernel, "CompositeExplicitAutograd")
     operator.triton = _triton.register(name, LIB)
     torch.library.register_fake(f"mtml_fast::{name}", fake, lib=LIB)
 
@@ -148,15 +175,13 @@ def define_op(
 
     torch.library.register_fake(f"mtml_fast::{name}_backward", fake_backward, lib=LIB)
     if double_backward:
-        target = f"{name}_double_backward"
-        LIB.impl(target, _kernel(double_backward_reference), "CompositeExplicitAutograd")
 
         def fake_double_backward(grad_results, grad_outputs, *rest):
             *inputs, _, double_needs = rest
             flat = [*grad_outputs, *_tensors(inputs, places)]
             return [t.new_empty(t.shape) for t, needed in zip(flat, double_needs, strict=True) if needed]
 
-        torch.library.register_fake(f"mtml_fast::{target}", fake_double_backward, lib=LIB)
+        torch.library.register_fake(f"mtml_fast::{name}_double_backward", fake_double_backward, lib=LIB)
 
     def backward(ctx, *grads):
         inputs = _restore(ctx)

@@ -42,5 +42,6 @@ def rate_list(
         allowed = f"[], [K={steps}] or [1 or K={steps}, {layers} layers or {len(shapes)} params]"
         raise ValueError(f"lr must have shape {allowed}, got {given}")
     if rate.shape[1] == layers and layers not in (1, len(shapes)):
-        rate = rate[:, torch.tensor(layer_of, device=rate.device)]
+        # by views: indices would have to be copied to the device, which a graph cannot capture
+        rate = torch.stack([rate[:, layer] for layer in layer_of], 1)
     return [rate]

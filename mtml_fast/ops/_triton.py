@@ -19,13 +19,26 @@ from torch import Tensor
 from mtml_fast.ops._route import has_kernel
 
 
-def register(name: str, library: torch.library.Library) -> bool:
-    """Give operator `name` its Triton kernels, if it has any, they can run and no others are there; whether it did."""
-    if not has_file(name) or missing() is not None or has_kernel(f"mtml_fast::{name}", "cuda"):
+def register(name: str, library: torch.library.Library, *, override: bool = False) -> bool:
+    """Give operator `name` its Triton kernels, if it has any and they can run; whether it did.
+
+    override: in the place of others; else not where others are there.
+    """
+    if not has_file(name) or missing() is not None:
+        return False
+    if not override and has_kernel(f"mtml_fast::{name}", "cuda"):
         return False
     for target in (name, f"{name}_backward"):
-        library.impl(target, implementation(name, target), "CUDA")
+        replace(library, target, implementation(name, target))
     return True
+
+
+def replace(library: torch.library.Library, name: str, kernel: Callable) -> None:
+    """Register a kernel for CUDA devices, in the place of another if there is one."""
+    with warnings.catch_warnings():
+        # that a kernel is replaced is what is wanted
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl(name, kernel, "CUDA", allow_override=True)
 
 
 def has_file(name: str) -> bool:
