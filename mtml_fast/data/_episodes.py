@@ -56,6 +56,11 @@ class Episodes:
         return self._sample(num_tasks, check_int("step", step, 0), check_int("first_task", first_task, 0))
 
     @property
+    def device(self) -> torch.device:
+        """Where the tasks lie."""
+        return self._device
+
+    @property
     def fingerprint(self) -> str:
         """All settings that define the episodes, in one line; equal fingerprints mean equal episodes."""
         settings = {**self._settings, "seed": self.seed, "dtype": str(self._dtype).removeprefix("torch.")}
@@ -91,15 +96,33 @@ class DrawnAhead(Episodes):
             arrays = self._draw(Draws(self.seed, step, first_task, num_tasks, steps))
             drawn = self._drawn = key, step, step + steps, arrays
         start = (step - drawn[1]) * num_tasks
-        return self._batch(*(array[start : start + num_tasks] for array in drawn[3]))
+        return self.assembled(*(self._tensor(array[start : start + num_tasks]) for array in drawn[3]))
+
+    def drawn(self, num_tasks: int, step: int, steps: int) -> tuple[Tensor, ...]:
+        """All that is random about the tasks of the steps `step .. step + steps - 1`, `[steps, T, ...]` each."""
+        draws = self._draw(Draws(self.seed, step, 0, num_tasks, steps))
+        return tuple(self._tensor(array).unflatten(0, (steps, num_tasks)) for array in draws)
+
+    def assembled(self, *drawn: Tensor) -> TaskBatch:
+        """The tasks of one step, from its part `[T, ...]` of what was drawn: work of the device alone.
+
+        Example:
+            >>> import mtml_fast as mf
+            >>> tasks = mf.data.Sinusoid()
+            >>> drawn = tasks.drawn(25, step=100, steps=4)
+            >>> batch = tasks.assembled(*(part[3] for part in drawn))
+            >>> torch.equal(batch.query.y, tasks.sample(25, step=103).query.y)
+            True
+        """
+        raise NotImplementedError
 
     def _draw(self, draws: Draws) -> tuple[np.ndarray, ...]:
         """All that is random about the tasks, arrays `[T, ...]`."""
         raise NotImplementedError
 
-    def _batch(self, *arrays: np.ndarray) -> TaskBatch:
-        """The tasks that these rows of the arrays lead to; shares no memory with them."""
-        raise NotImplementedError
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        """One of them on the device."""
+        return torch.from_numpy(array).to(self._device)
 
 
 class ClassEpisodes(DrawnAhead):
@@ -172,12 +195,12 @@ class ClassEpisodes(DrawnAhead):
         rows += start[..., None]
         return tuple(np.ascontiguousarray(part) for part in (rows[..., :shots], rows[..., shots:]))
 
-    def _batch(self, support: np.ndarray, query: np.ndarray) -> TaskBatch:
+    def assembled(self, support: Tensor, query: Tensor) -> TaskBatch:
         return TaskBatch(self._rows(support, *self._support), self._rows(query, *self._query))
 
-    def _rows(self, rows: np.ndarray, labels: Tensor, memory: _Memory) -> TaskRows:
+    def _rows(self, rows: Tensor, labels: Tensor, memory: _Memory) -> TaskRows:
         tasks, ways, shots = rows.shape
-        rows = torch.from_numpy(rows.reshape(-1)).to(self._device)
+        rows = rows.reshape(-1)
         dtype = self._pool.dtype if self._scale is None else self._dtype
         x = memory.empty((len(rows), *self.input_shape), dtype, self._device)
         if self._scale is None:

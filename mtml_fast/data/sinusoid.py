@@ -81,9 +81,8 @@ class Sinusoid(DrawnAhead):
         parts = x[:, support], y[:, support], x[:, query], y[:, query]
         return tuple(np.ascontiguousarray(part[..., None]) for part in parts)  # [T, N or Q, 1] each
 
-    def _batch(self, x: np.ndarray, y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray) -> TaskBatch:
-        tensor = self._tensor
-        return TaskBatch(TaskRows(tensor(x), tensor(y)), TaskRows(tensor(query_x), tensor(query_y)))
+    def assembled(self, x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> TaskBatch:
+        return TaskBatch(TaskRows(x, y), TaskRows(query_x, query_y))
 
     def _parameters(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         unit = draws.uniform(2)  # [T, 2]
