@@ -8,6 +8,7 @@ Also read: CXX (the compiler), MAX_JOBS (parallel compilations), CUDA_HOME (nvcc
 TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX").
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -151,8 +152,6 @@ class NinjaBuild(build_ext):
             self.copy_file(str(folder / f"{extension.name}.so"), str(target))
 
     def ninja_file(self) -> str:
-        import pybind11
-
         torch = find_torch()
         version = re.search('__version__ = "(.+)"', (ROOT / "mtml_fast/__init__.py").read_text())[1]
         stable = f"-DTORCH_TARGET_VERSION=0x020b000000000000 -isystem {quote(torch / 'include')}"
@@ -161,8 +160,12 @@ class NinjaBuild(build_ext):
             "csrc": version,
             "cpu": stable,
             "cuda": f"{stable} {version} -DUSE_CUDA -DMTML_CUDA_ARCHITECTURES='\"{' '.join(cuda_architectures())}\"'",
-            "numpy": f"-isystem {quote(pybind11.get_include())} -isystem {quote(sysconfig.get_paths()['include'])}",
         }
+        if any(extension.name == "mtml_fast._numpy" for extension in self.extensions):
+            import pybind11
+
+            python = sysconfig.get_paths()["include"]
+            include["numpy"] = f"-isystem {quote(pybind11.get_include())} -isystem {quote(python)}"
         # no path of this machine goes into the libraries
         prefixes = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch}=torch"]
         nvcc = [find_nvcc() or "nvcc", "-ccbin", compiler()[0]]
@@ -211,7 +214,13 @@ def object_file(source: str) -> str:
 
 extensions = []
 if wants_native():
-    extensions += [library("mtml_fast._C_cpu", "cpu"), library("mtml_fast._numpy", "numpy")]
+    extensions.append(library("mtml_fast._C_cpu", "cpu"))
+    if importlib.util.find_spec("pybind11"):
+        extensions.append(library("mtml_fast._numpy", "numpy"))
+    elif os.environ.get("MTML_FAST_BUILD") == "1":
+        raise SystemExit("mtml_fast: MTML_FAST_BUILD=1, but there is no pybind11: run `pip install pybind11`")
+    else:
+        print("mtml_fast: no mtml_fast.numpy: there is no pybind11; torch's operators need none", file=sys.stderr)
     if wants_cuda():
         extensions.append(library("mtml_fast._C_cuda", "cuda"))
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -28,6 +28,7 @@ VARIABLES = (
         "MTML_FAST_FORM",
         "dense, factored, gram or gram_cross: insist on a form of mlp_adapt's weights where it is possible, for tests",
     ),
+    ("MTML_FAST_TEST_DEVICE", "device of the operators' battery, such as cuda; else the CPU"),
     ("MTML_FAST_TEST_SEED", "seed of a test, to repeat a failure"),
 )
 

@@ -34,6 +34,7 @@ class BadInput:
     change: Callable[[dict], dict]
     error: type[Exception]
     message: str  # a piece of the text: the argument's name and the value
+    reads: bool = False  # whether it is found by reading values, which is done on the CPU alone
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,17 @@ LOSS_BAD = [
         change(y=torch.tensor([0, 1, 0, 6, 0, 0, 1, 0, 0, 3, 3])),
         ValueError,
         "y must be in 0..0 in row 6, got 1",
+        reads=True,
     ),
-    BadInput("y-low", change(y=torch.full((11,), -1)), ValueError, "y must be in 0..1 in row 0, got -1"),
+    BadInput("y-low", change(y=torch.full((11,), -1)), ValueError, "y must be in 0..1 in row 0, got -1", reads=True),
     BadInput("y-dtype", change(y=torch.zeros(11)), TypeError, "y must be int64 class labels, got torch.float32"),
     BadInput("y-rows", change(y=torch.zeros(3, dtype=torch.int64)), ValueError, "y must be [R=11], got shape [3]"),
     BadInput(
-        "y-size", change(y=torch.zeros(5), loss="mse"), ValueError, "y must be [26], packed as the outputs of heads"
+        "y-size",
+        change(y=torch.zeros(5), loss="mse"),
+        ValueError,
+        "y must be [26], packed as the outputs of heads",
+        reads=True,
     ),
     BadInput("y-pair", change(loss=MIXED), ValueError, "y must be the pair (classes, targets) where"),
     BadInput(

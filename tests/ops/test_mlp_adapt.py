@@ -188,8 +188,16 @@ BAD = [
         ValueError,
         "query_x must hold the 3 tasks of support_x, got 2",
     ),
-    BadInput("label-high", change(support_y=torch.full((3, 5), 4)), ValueError, "support_y must be in 0..3, got 4"),
-    BadInput("label-low", change(query_y=torch.full((3, 6), -1)), ValueError, "query_y must be in 0..3, got -1"),
+    BadInput(
+        "label-high",
+        change(support_y=torch.full((3, 5), 4)),
+        ValueError,
+        "support_y must be in 0..3, got 4",
+        reads=True,
+    ),
+    BadInput(
+        "label-low", change(query_y=torch.full((3, 6), -1)), ValueError, "query_y must be in 0..3, got -1", reads=True
+    ),
     BadInput("label-dtype", change(support_y=torch.ones(3, 5)), TypeError, "support_y must be int64 class labels"),
     BadInput("label-shape", change(support_y=torch.ones(3, 4).long()), ValueError, "support_y must be [T=3, N=5], got"),
     BadInput(
@@ -197,6 +205,7 @@ BAD = [
         change(class_mask=torch.tensor([[True, True, True, False]] * 3), support_y=torch.full((3, 5), 3)),
         ValueError,
         "support_y must be a class of its task in class_mask, got 3 in task 0",
+        reads=True,
     ),
     BadInput(
         "target-shape",

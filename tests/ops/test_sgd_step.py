@@ -77,7 +77,11 @@ BAD = [
     ),
     BadInput("lr-nan", change(lr=float("nan")), ValueError, "lr must be finite, got nan"),
     BadInput(
-        "lr-tensor-inf", change(lr=torch.tensor([1.0, float("inf"), 1])), ValueError, "lr must be finite, got inf"
+        "lr-tensor-inf",
+        change(lr=torch.tensor([1.0, float("inf"), 1])),
+        ValueError,
+        "lr must be finite, got inf",
+        reads=True,
     ),
     BadInput("lr-shape", change(lr=torch.ones(2)), ValueError, "lr must have shape [], [T=3], got [2]"),
     BadInput(
