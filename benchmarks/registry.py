@@ -51,24 +51,24 @@ def workloads(suite: str = "all") -> list[Workload]:
 
 def _inner():
     for steps in (1, 5):
-        step = _sinusoid(steps)
-        yield _meta_step(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", step)
-        yield _meta_step(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps} first order", replace(step, first_order=True))
+        step = sinusoid(steps)
+        yield inner_of(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", step)
+        yield inner_of(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps} first order", replace(step, first_order=True))
     widths = [784, 256, 128, 64, 64, 5]
     for norm, query, steps in itertools.product((False, True), (5, 75), (1, 5)):
-        step = MetaStep(meta_step.model(widths, norm), _drawings(32, 5, query), 0.4, steps, "cross_entropy")
+        step = MetaStep(meta_step.model(widths, norm), drawings(32, 5, query), 0.4, steps, "cross_entropy")
         case = f"omniglot 784-256-128-64-64-5 T=32 N=5 Q={query} K={steps}" + " batch norm" * norm
-        yield _meta_step(case, step)
+        yield inner_of(case, step)
         if (norm, query, steps) == (False, 5, 5):
-            yield _meta_step(f"{case} first order", replace(step, first_order=True))
+            yield inner_of(f"{case} first order", replace(step, first_order=True))
     for steps in (5, 10):
         step = MetaStep.random([512, 5], 32, 25, 75, lr=0.01, steps=steps)
-        yield _meta_step(f"head 512-5 T=32 N=25 Q=75 K={steps}", step)
-        yield _meta_step(f"head 512-5 T=32 N=25 Q=75 K={steps} feature gradients", _with_feature_gradients(step))
-    yield _meta_step("ragged 64-64-20 T=32 ways 2-20 shots 1-5 K=5", _ragged(5))
+        yield inner_of(f"head 512-5 T=32 N=25 Q=75 K={steps}", step)
+        yield inner_of(f"head 512-5 T=32 N=25 Q=75 K={steps} feature gradients", _with_feature_gradients(step))
+    yield inner_of("ragged 64-64-20 T=32 ways 2-20 shots 1-5 K=5", _ragged(5))
 
 
-def _meta_step(case: str, step: MetaStep) -> Workload:
+def inner_of(case: str, step: MetaStep) -> Workload:
     ours = {"mtml_fast": lambda _: Provider(meta_step.maml(step))}
     # the gradient of features concerns who computes them: the operator alone
     if step.feature_gradients:
@@ -87,11 +87,11 @@ def _meta_step(case: str, step: MetaStep) -> Workload:
     )
 
 
-def _sinusoid(steps: int) -> MetaStep:
+def sinusoid(steps: int) -> MetaStep:
     return MetaStep(meta_step.model([1, 40, 40, 1]), mf.data.Sinusoid().sample(25), 0.01, steps, "mse")
 
 
-def _drawings(tasks: int, ways: int, query: int) -> TaskBatch:
+def drawings(tasks: int, ways: int, query: int) -> TaskBatch:
     """Rows like small black drawings on white: each class a tenth of the places, each row with a few changed."""
     draws = torch.Generator().manual_seed(0)
     classes = (torch.rand(tasks, ways, 784, generator=draws) < 0.1).float()
@@ -135,12 +135,20 @@ def _ragged(steps: int) -> MetaStep:
 def _heads():
     for tasks in (10, 100, 1000):
         for unsorted in (False, True):
-            yield _heads_of(tasks, 32, 5, unsorted)
+            yield heads_of(tasks, 32, 5, unsorted)
     for outputs in (1, 5, 100, 1000):
-        yield _heads_of(100, None, outputs, False)
+        yield heads_of(100, None, outputs, False)
 
 
-def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows: int = 4096, width: int = 64):
+def heads_of(
+    tasks: int,
+    hidden: int | None,
+    outputs: int,
+    unsorted: bool,
+    rows: int = 4096,
+    width: int = 64,
+    device: str = "cpu",
+) -> Workload:
     draws = torch.Generator().manual_seed(0)
     task_index = torch.randint(0, tasks, (rows,), generator=draws)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(task_index, minlength=tasks).cumsum(0)])
@@ -149,12 +157,13 @@ def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows
     parameters = [draw(tasks, outputs, hidden or width), draw(tasks, outputs)]
     parameters += [draw(tasks, hidden, width), draw(tasks, hidden)] if hidden else []
 
+    out_offsets = torch.arange(tasks + 1, device=device) * outputs
+
     def problem(dtype) -> Heads:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, *parameters)]
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, *parameters)]
         leaves += [None] * (5 - len(leaves))
-        return Heads(
-            leaves[0], y if outputs > 1 else y.to(dtype), offsets, task_index if unsorted else None, *leaves[1:]
-        )
+        labels = y.to(device) if outputs > 1 else y.to(device, dtype)
+        return Heads(leaves[0], labels, offsets.to(device), task_index.to(device) if unsorted else None, *leaves[1:])
 
     float32 = problem(torch.float32)
 
@@ -166,7 +175,7 @@ def _heads_of(tasks: int, hidden: int | None, outputs: int, unsorted: bool, rows
             p.offsets if p.task_index is None else None,
             p.weight.flatten(0, 1),
             p.bias.flatten(),
-            torch.arange(tasks + 1) * outputs,
+            out_offsets,
             hidden_weight=p.hidden_weight,
             hidden_bias=p.hidden_bias,
             task_index=p.task_index,
@@ -195,13 +204,14 @@ def _surgery():
     million, less = (600, 640, 640, 320), (128, 512, 384, 96)
     for tasks, widths in ((3, million), (10, million), (40, less)):
         for method in ("PCGrad", "UPGrad", "MGDA"):
-            yield _surgery_of(tasks, widths, method)
+            yield surgery_of(tasks, widths, method)
 
 
-def _surgery_of(tasks: int, widths: tuple[int, ...], method: str) -> Workload:
+def surgery_of(tasks: int, widths: tuple[int, ...], method: str, device: str = "cpu") -> Workload:
     # drawn when they are asked for, and kept for one workload at a time
-    float32 = lambda: Gradients(_drawn_gradients(tasks, widths), method)  # noqa: E731
-    float64 = lambda: Gradients([leaf.double() for leaf in _drawn_gradients(tasks, widths)], method)  # noqa: E731
+    drawn = lambda: _drawn_gradients(tasks, widths, device)  # noqa: E731
+    float32 = lambda: Gradients(drawn(), method)  # noqa: E731
+    float64 = lambda: Gradients([leaf.double() for leaf in drawn()], method)  # noqa: E731
 
     def ours(_) -> Provider:
         problem = float32()
@@ -228,7 +238,7 @@ def _surgery_of(tasks: int, widths: tuple[int, ...], method: str) -> Workload:
 
 
 @functools.lru_cache(maxsize=1)
-def _drawn_gradients(tasks: int, widths: tuple[int, ...]) -> list[Tensor]:
+def _drawn_gradients(tasks: int, widths: tuple[int, ...], device: str) -> list[Tensor]:
     """Of an MLP's parameters. Half of the pairs of tasks agree, half conflict; lengths differ threefold."""
     draws = torch.Generator().manual_seed(0)
     lengths = 0.5 + torch.rand(tasks, generator=draws)
@@ -237,7 +247,7 @@ def _drawn_gradients(tasks: int, widths: tuple[int, ...]) -> list[Tensor]:
     def leaf(*shape: int) -> Tensor:
         own, common = torch.randn(tasks, *shape, generator=draws), torch.randn(shape, generator=draws)
         each = (tasks, *[1] * len(shape))
-        return lengths.view(each) * (own + 0.5 * signs.view(each) * common)
+        return (lengths.view(each) * (own + 0.5 * signs.view(each) * common)).to(device)
 
     return [leaf(*shape) for i, o in itertools.pairwise(widths) for shape in ((o, i), (o,))]
 

@@ -108,6 +108,9 @@ class Setting:
     threads: str
 
     def __str__(self) -> str:
+        if not self.threads:
+            # a GPU
+            return f"{self.device}, {self.isa}"
         threads = "one thread" if self.threads == "1" else f"{self.threads} threads"
         return f"{self.device}, {self.isa or 'no native library'}, {threads}"
 
@@ -193,12 +196,13 @@ def full_tables(suite: Suite, tables: dict[Setting, list[Measured]]) -> str:
                 f"| {' | '.join(columns)} |",
                 "|---" * len(columns) + "|",
             ]
-            for name in (*suite.ours, *suite.peers):
+            # on a GPU some are there twice, once as a graph
+            for name in dict.fromkeys((*suite.ours, *suite.peers, *m.rows)):
                 row = m.rows.get(name)
                 if row is None:
                     continue
                 # torch's own version stands above the table
-                others = name in suite.peers and row["provider_version"] != row["torch"]
+                others = name not in suite.ours and row["provider_version"] not in (row["torch"], row["version"])
                 label = f"{name} {row['provider_version']}".rstrip() if others else name
                 if row["note"]:
                     parts.append(f"| {label} | {row['note']} " + "| " * (len(columns) - 2) + "|")

@@ -90,7 +90,7 @@ def time_workload(
 ) -> list[dict]:
     """Build, check, time and print one workload; returns its rows."""
     floor = None if workload.operations is None else workload.operations / facts["peak_gflops"] / 1e6
-    served_by = OPERATORS[workload.op].served_by("cpu")
+    served_by = OPERATORS[workload.op].served_by(settings.device)
     print(f"\n{workload.case} {workload.mode}" + (f", floor {floor:.3f} ms" if floor else "") + f", ours {served_by}")
     builds = workload.ours | {n: build for n, build in workload.peers.items() if peers is None or n in peers}
     providers: dict[str, Provider] = {}
@@ -99,14 +99,14 @@ def time_workload(
     try:
         for name, build in builds.items():
             try:
-                providers[name] = build(settings)
+                providers[name] = settings.timed(build(settings))
             except Unavailable as why:
                 failed[name] = str(why), why.recorded
         errors, wrong = gate(workload, providers)
         failed |= {name: (why, True) for name, why in wrong.items()}
         right = {n: p for n, p in providers.items() if n not in wrong}
         if workload.floor:
-            right["floor"] = Provider(workload.floor)
+            right["floor"] = settings.timed(Provider(workload.floor))
         times = measure(right, seconds, settings.threads)
     finally:
         for provider in providers.values():
@@ -174,20 +174,30 @@ def append(path: Path, rows: list[dict]) -> None:
 
 def _facts(threads: int) -> dict:
     """What is the same in all rows of this run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return dict(
         device=device(),
         threads=threads,
         clock="thread CPU" if threads == 1 else "wall",
         isa=(build_info() or {}).get("isa", ""),
+        **versions(),
+        peak_gflops=round(peak(threads) / 1e9, 1),
+    )
+
+
+def versions() -> dict:
+    """Of all that has a say in a run, and when it began."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:
+        # a machine without git
+        commit = ""
+    return dict(
         torch=torch.__version__,
         version=mtml_fast.__version__,
         commit=commit,
         run=_now(),
         load=f"{os.getloadavg()[0]:.1f}",
-        peak_gflops=round(peak(threads) / 1e9, 1),
     )
 
 

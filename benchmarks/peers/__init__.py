@@ -16,6 +16,9 @@ class Settings:
     threads: int = 1
     compile_limit: float = 180.0  # seconds
     jax: str | None = os.environ.get("MTML_FAST_JAX_PYTHON")  # a Python that has JAX
+    device: str = "cpu"
+    # who takes the time of a provider's calls: itself, by the processor's clock, or somebody by the device's
+    timed: Callable[[Provider], Provider] = lambda provider: provider
 
 
 class Unavailable(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ class Heads:
     def leaves(self) -> list[Tensor]:
         given = (self.x, self.weight, self.bias, self.hidden_weight, self.hidden_bias)
         return [t for t in given if t is not None]
+
+    @cached_property
+    def longest(self) -> int:
+        """The rows of the largest task, read once: on a device every read stops the stream."""
+        return int(self.offsets.diff().max())
 
     def gradients(self, losses: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
         def call():
@@ -93,7 +99,7 @@ def grouped_mm(problem: Heads, _) -> Provider:
     """torch.nn.functional.grouped_mm on the packed rows, outputs padded to the 16 bytes that it asks for."""
     ends = problem.offsets[1:].int()
     tasks, outputs = problem.bias.shape
-    task_of = torch.arange(tasks).repeat_interleave(problem.offsets.diff())
+    task_of = torch.arange(tasks, device=ends.device).repeat_interleave(problem.offsets.diff())
     missing = -outputs % 4
 
     def losses():
@@ -118,7 +124,7 @@ def _row_losses(z: Tensor, y: Tensor) -> Tensor:
 def _rectangle(problem: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [T, N, D], labels [T, N], and which of them exist [T, N]."""
     counts = problem.offsets.diff()
-    place = torch.arange(int(counts.max()))
+    place = torch.arange(problem.longest, device=counts.device)
     mask = place < counts[:, None]
     rows = torch.where(mask, problem.offsets[:-1, None] + place, 0)
     x, y = problem.sorted()

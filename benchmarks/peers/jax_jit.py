@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import tempfile
 from pathlib import Path
@@ -31,11 +32,12 @@ class JaxProvider(Provider):
         folder = Path(self._folder.name)
         for name, rows in zip(("support", "query"), step.padded(), strict=True):
             for part, values in rows.items():
-                np.save(folder / f"{name}.{part}.npy", values.detach().numpy())
+                np.save(folder / f"{name}.{part}.npy", values.detach().cpu().numpy())
         for i, p in enumerate(step.params):
-            np.save(folder / f"param.{i}.npy", p.detach().numpy())
+            np.save(folder / f"param.{i}.npy", p.detach().cpu().numpy())
         options = {name: getattr(step, name) for name in ("lr", "steps", "loss", "first_order", "feature_gradients")}
         options |= {"params": len(step.params), "norm": step.norm, "threads": settings.threads}
+        options["device"] = settings.device
         (folder / "options.json").write_text(json.dumps(options))
         try:
             # a file holds any number of warnings, where a pipe that nobody reads would stop the process
@@ -46,11 +48,17 @@ class JaxProvider(Provider):
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                    env=_environment(settings.threads),
+                    env=_environment(settings),
                 )
         except OSError as error:
             self._folder.cleanup()
             raise Unavailable(f"{settings.jax} does not start ({error.strerror})") from None
+        # its own start takes some seconds besides
+        waited = select.select([self._process.stdout], [], [], settings.compile_limit + 30)[0]
+        if not waited:
+            self._process.kill()
+            self.close()
+            raise Unavailable(f"did not compile in {settings.compile_limit + 30:.0f} s", recorded=True)
         ready = self._process.stdout.readline()
         if not ready:
             message = (folder / "stderr").read_text().strip().splitlines()
@@ -73,12 +81,15 @@ class JaxProvider(Provider):
         self._folder.cleanup()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(settings: Settings) -> dict[str, str]:
+    # this process's packages are not JAX's
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if settings.device != "cpu":
+        # the memory of the device is for all of us
+        return {**kept, "JAX_PLATFORMS": settings.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     flags = [os.environ.get("XLA_FLAGS", "")]
-    if threads == 1:
+    if settings.threads == 1:
         flags += ["--xla_cpu_multi_thread_eigen=false", "intra_op_parallelism_threads=1"]
     if os.environ.get("MTML_FAST_ISA") == "avx2":
         flags.append("--xla_cpu_max_isa=AVX2")
-    # this process's packages are not JAX's
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**kept, "XLA_FLAGS": " ".join(flags).strip(), "JAX_PLATFORMS": "cpu"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,10 @@ class MetaStep:
             return TaskRows(torch.randn(tasks, count, widths[0], generator=draws), y)
 
         return cls(model(widths, norm), TaskBatch(rows(support), rows(query)), loss=loss, **more)
+
+    def to(self, device: torch.device | str) -> MetaStep:
+        """The same on another device."""
+        return replace(self, model=copy.deepcopy(self.model).to(device), batch=self.batch.to(device))
 
     @property
     def params(self) -> list[Tensor]:

@@ -68,7 +68,9 @@ def largest_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     least = max(1e-3 * max(scales), 1e-30)
     worst = 0.0
     for r, e, scale in zip(results, exact, scales, strict=True):
-        error = float((r.detach().double() - e).abs().max()) / max(scale, least) if e.numel() else 0.0
+        error = (
+            float((r.detach().to(e.device, torch.float64) - e).abs().max()) / max(scale, least) if e.numel() else 0.0
+        )
         # max() would pass over a NaN
         worst = max(worst, error) if error == error else float("inf")
     return worst

@@ -1,0 +1,224 @@
+"""Timings on a GPU: python -m benchmarks.gpu.bench [--device cuda] [--out FOLDER] [--limit SECONDS]
+
+The workloads and peers of benchmarks/registry.py, on the device, and whoever can be captured in a CUDA graph as a
+provider of its own. Milliseconds between two events of the device around ten calls, medians of many, the providers
+taking turns. What is wrong against float64 is not timed. Rows go to <device>.csv, as those of benchmarks.run.
+
+With --device cpu the same workloads run in small, to try the program; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import Build, Settings, Unavailable
+from benchmarks.peers.jax_jit import JaxProvider
+from benchmarks.registry import Workload, drawings, heads_of, inner_of, sinusoid, surgery_of
+from benchmarks.run import RESULTS, append, time_workload, versions
+from mtml_fast.cli import meta_step
+from mtml_fast.cli.meta_step import MetaStep
+from mtml_fast.cli.timing import Provider
+
+# calls between two events: one alone would be timed with its launch
+GROUP = 10
+# those that loop over tasks in Python, and their libraries, are slower by two orders of magnitude here
+LEFT_OUT = ("higher", "TorchOpt", "learn2learn", "TorchJD")
+COMPILED = "torch.func compiled"
+# seconds that a workload takes without compiling, about; JAX alone takes most of it to start
+EACH = 9
+
+
+class Timed(Provider):
+    """A provider whose calls are timed by the device's clock."""
+
+    def __init__(self, provider: Provider):
+        super().__init__(provider.call, provider.version, provider.compile_s)
+        self._provider = provider
+
+    def results(self):
+        return self._provider.results()
+
+    def turn(self, seconds: float, threads: int) -> list[float]:
+        times = []
+        while GROUP * sum(times) < 1e3 * seconds or not times:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(GROUP):
+                self.call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / GROUP)
+        return times
+
+    def close(self) -> None:
+        self._provider.close()
+
+
+def timed(provider: Provider) -> Provider:
+    # it has a process, and there a clock, of its own
+    return provider if isinstance(provider, JaxProvider) else Timed(provider)
+
+
+def as_graph(build: Build) -> Build:
+    """The same calls, captured in a CUDA graph after some to warm up; a call is a replay."""
+
+    def captured(settings: Settings) -> Provider:
+        if settings.device == "cpu":
+            raise Unavailable("needs a CUDA device")
+        provider = build(settings)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    provider.call()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, stream=stream):
+                results = provider.call()
+        except RuntimeError as error:
+            raise Unavailable(f"cannot be captured: {' '.join(str(error).split())[:120]}", recorded=True) from None
+
+        def call():
+            graph.replay()
+            return results
+
+        return Provider(call, provider.version, provider.compile_s)
+
+    return captured
+
+
+def workloads(device: str, small: bool) -> Iterator[Callable[[], Workload]]:
+    """The workloads, the most telling first; each is made when it is its turn."""
+    for steps in (5, 1):
+        yield lambda steps=steps: inner(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", sinusoid(steps), device)
+    widths, tasks = ([20, 16, 5], 3) if small else ([784, 256, 128, 64, 64, 5], 32)
+    network = "-".join(map(str, widths))
+    for query, steps in ((75, 5), (75, 1), (5, 5), (5, 1)):
+        step = lambda query=query, steps=steps: MetaStep(  # noqa: E731
+            meta_step.model(widths), _rows(tasks, query, widths[0]), 0.4, steps, "cross_entropy"
+        )
+        case = f"omniglot {network} T={tasks} N=5 Q={query} K={steps}"
+        yield lambda case=case, step=step: inner(case, step(), device)
+    width = 16 if small else 512
+    yield lambda: inner(
+        f"head {width}-5 T=32 N=25 Q=75 K=5", MetaStep.random([width, 5], 32, 25, 75, lr=0.01, steps=5), device
+    )
+    rows, width = (256, 32) if small else (16384, 512)
+    yield lambda: with_graphs(heads_of(64, None, 5, False, rows, width, device), "bmm")
+    wide, narrow = ((6, 8, 4), (5, 4)) if small else ((2048, 2048, 2048, 1280), (600, 640, 640, 320))
+    for sizes in (wide, narrow):
+        yield lambda sizes=sizes: with_graphs(surgery_of(10, sizes, "PCGrad", device))
+    for tasks in (10, 100, 1000):
+        yield lambda tasks=tasks: with_graphs(
+            heads_of(tasks, 32, 5, False, 512 if small else 4096, 64, device),
+            "bmm",
+            "grouped_mm",
+            # a thousand times three kernels and more, forth and back
+            without=() if tasks < 1000 else ("loop",),
+        )
+
+
+def inner(case: str, step: MetaStep, device: str) -> Workload:
+    return with_graphs(inner_of(case, step.to(device)), "torch.func", "bmm")
+
+
+def with_graphs(workload: Workload, *peers: str, without: tuple[str, ...] = ()) -> Workload:
+    """Ours and these peers as graphs besides; without those who cannot keep up."""
+    ours = dict(workload.ours)
+    if workload.mode == "full":
+        ours |= {f"{name} graph": as_graph(build) for name, build in workload.ours.items()}
+    kept = {name: build for name, build in workload.peers.items() if name not in (*LEFT_OUT, *without)}
+    return replace(workload, ours=ours, peers=kept | {f"{name} graph": as_graph(kept[name]) for name in peers})
+
+
+def _rows(tasks: int, query: int, width: int):
+    if width == 784:
+        return drawings(tasks, 5, query)
+    return MetaStep.random([width, 5], tasks, 5, query, lr=0.0, steps=0).batch
+
+
+def peak(device: str) -> float:
+    """Operations a second of float32 in torch's product of square matrices, tf32 off."""
+    best, provider = 0.0, Timed if device != "cpu" else (lambda p: p)
+    for size in (2048, 4096, 8192) if device != "cpu" else (128,):
+        a, b = (torch.randn(size, size, device=device) for _ in range(2))
+        times = provider(Provider(lambda a=a, b=b: torch.mm(a, b))).turn(0.05, 2)
+        best = max(best, 2 * size**3 / (1e-3 * min(times)))
+    return best
+
+
+def facts(device: str) -> dict:
+    name, isa, clock = "cpu", "", "wall"
+    if device != "cpu":
+        major, minor = torch.cuda.get_device_capability()
+        name, isa, clock = torch.cuda.get_device_name(), f"sm_{major}{minor}", "CUDA events"
+    # no threads: the tables of the processor's rows are those of one thread
+    return dict(device=name, threads="", clock=clock, isa=isa, **versions(), peak_gflops=round(peak(device) / 1e9, 1))
+
+
+def main() -> None:
+    options = _options()
+    device, small = options.device, options.device == "cpu"
+    deadline = time.monotonic() + options.limit
+    about = facts(device)
+    path = Path(options.out or RESULTS) / f"{about['device'].replace(' ', '-').replace('/', '-')}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    jax = sys.executable if importlib.util.find_spec("jax") else None
+    settings = Settings(threads=2, jax=jax, device=device, timed=(lambda p: p) if small else timed)
+    print(f"{about['device']} {about['isa']}, {about['clock']}, torch {about['torch']}, {about['peak_gflops']} GFLOP/s")
+    print("left out: convolutions (no kernels of ours yet: mf.MAML and torch.func do the same there)")
+    wrong, chosen = 0, list(workloads(device, small))
+    for i, make in enumerate(chosen):
+        left = deadline - time.monotonic()
+        if left < 10:
+            print(f"left out: {len(chosen) - i} workloads from here on, for want of time")
+            break
+        workload = make()
+        peers = list(workload.peers)
+        # compiling may take longer than all else together, which comes first
+        limit = min(40.0, (left - EACH * (len(chosen) - i)) / 2)
+        if COMPILED in peers and (small or limit < 10):
+            print(f"left out: {COMPILED}, for want of time")
+            peers.remove(COMPILED)
+        try:
+            rows = time_workload(
+                workload, replace(settings, compile_limit=limit), peers, 0.02 if small else options.seconds, about
+            )
+        except SystemExit as error:
+            # ours is wrong: nothing is timed, and all the other workloads are
+            print(f"FAILED  {error}")
+            wrong += 1
+            continue
+        except Exception as error:
+            print(f"FAILED  {workload.case}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            wrong += 1
+            continue
+        if not small:
+            append(path, rows)
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    if not small:
+        print(f"rows are in {path}")
+    sys.exit(wrong > 0)
+
+
+def _options():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.bench", description="Time everybody on a GPU.")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", default=os.environ.get("OUT"), help="folder of the rows, else benchmarks/results")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for all of it")
+    parser.add_argument("--seconds", type=float, default=0.2, help="at least so long for each provider")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
