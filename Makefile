@@ -9,7 +9,7 @@ CONFIGURATIONS ?= 300
 SEED ?=
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help train test lint format bench sanitize cuda-check build env clean
+.PHONY: help train test lint format bench sanitize cuda-check gpu-check build env clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +62,12 @@ UPDATE ?=
 cuda-check: build ## prove the CUDA and Triton kernels without a GPU: compiled, and run on the CPU
 	@$(if $(UPDATE),$(BIN)/python -m tests.cuda.resources)
 	@$(BIN)/python -m pytest tests/cuda tests/ops/test_triton.py -rs
+
+# on a machine that need not have more than Python, torch with CUDA and nvcc: no environment, no network. OUT=folder for
+# what it writes
+OUT ?=
+gpu-check: ## prove and time everything on a GPU, in under ten minutes, with the Python that is there
+	@$(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out $(OUT))
 
 build: $(VENV)/installed ## compile what has changed in csrc
 	@$(BIN)/python setup.py -q build_ext --inplace

@@ -14,8 +14,9 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,54 +97,55 @@ def as_graph(build: Build) -> Build:
     return captured
 
 
-def workloads(device: str, small: bool) -> Iterator[Callable[[], Workload]]:
+def workloads(device: str, small: bool) -> list[Callable[[], Workload]]:
     """The workloads, the most telling first; each is made when it is its turn."""
+    made: list[Callable[[], Workload]] = []
     for steps in (5, 1):
-        yield lambda steps=steps: inner(f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", sinusoid(steps), device)
-    widths, tasks = ([20, 16, 5], 3) if small else ([784, 256, 128, 64, 64, 5], 32)
-    network = "-".join(map(str, widths))
+        made.append(partial(inner, f"sinusoid 1-40-40-1 T=25 N=Q=10 K={steps}", partial(sinusoid, steps), device))
     for query, steps in ((75, 5), (75, 1), (5, 5), (5, 1)):
-        step = lambda query=query, steps=steps: MetaStep(  # noqa: E731
-            meta_step.model(widths), _rows(tasks, query, widths[0]), 0.4, steps, "cross_entropy"
-        )
-        case = f"omniglot {network} T={tasks} N=5 Q={query} K={steps}"
-        yield lambda case=case, step=step: inner(case, step(), device)
-    width = 16 if small else 512
-    yield lambda: inner(
-        f"head {width}-5 T=32 N=25 Q=75 K=5", MetaStep.random([width, 5], 32, 25, 75, lr=0.01, steps=5), device
-    )
+        widths, tasks = ([20, 16, 5], 3) if small else ([784, 256, 128, 64, 64, 5], 32)
+        case = f"omniglot {'-'.join(map(str, widths))} T={tasks} N=5 Q={query} K={steps}"
+        made.append(partial(inner, case, partial(_classes, widths, tasks, query, steps), device))
+    features = 16 if small else 512
+    head = partial(MetaStep.random, [features, 5], 32, 25, 75, lr=0.01, steps=5)
+    made.append(partial(inner, f"head {features}-5 T=32 N=25 Q=75 K=5", head, device))
     rows, width = (256, 32) if small else (16384, 512)
-    yield lambda: with_graphs(heads_of(64, None, 5, False, rows, width, device), "bmm")
-    wide, narrow = ((6, 8, 4), (5, 4)) if small else ((2048, 2048, 2048, 1280), (600, 640, 640, 320))
-    for sizes in (wide, narrow):
-        yield lambda sizes=sizes: with_graphs(surgery_of(10, sizes, "PCGrad", device))
+    made.append(partial(heads, (64, None, 5, False, rows, width, device), ("bmm",)))
+    for sizes in ((6, 8, 4), (5, 4)) if small else ((2048, 2048, 2048, 1280), (600, 640, 640, 320)):
+        made.append(partial(surgery, sizes, device))
     for tasks in (10, 100, 1000):
-        yield lambda tasks=tasks: with_graphs(
-            heads_of(tasks, 32, 5, False, 512 if small else 4096, 64, device),
-            "bmm",
-            "grouped_mm",
-            # a thousand times three kernels and more, forth and back
-            without=() if tasks < 1000 else ("loop",),
-        )
+        rows = 512 if small else 4096
+        # a loop: a thousand times three kernels and more, forth and back
+        without = () if tasks < 1000 else ("loop",)
+        made.append(partial(heads, (tasks, 32, 5, False, rows, 64, device), ("bmm", "grouped_mm"), without))
+    return made
 
 
-def inner(case: str, step: MetaStep, device: str) -> Workload:
-    return with_graphs(inner_of(case, step.to(device)), "torch.func", "bmm")
+def inner(case: str, step: Callable[[], MetaStep], device: str) -> Workload:
+    return with_graphs(inner_of(case, step().to(device)), ("torch.func", "bmm"))
 
 
-def with_graphs(workload: Workload, *peers: str, without: tuple[str, ...] = ()) -> Workload:
+def heads(arguments: tuple, graphs: tuple[str, ...], without: tuple[str, ...] = ()) -> Workload:
+    return with_graphs(heads_of(*arguments), graphs, without)
+
+
+def surgery(sizes: tuple[int, ...], device: str) -> Workload:
+    # the weights are found on the host: no graphs
+    workload = surgery_of(10, sizes, "PCGrad", device)
+    return replace(workload, peers={n: build for n, build in workload.peers.items() if n not in LEFT_OUT})
+
+
+def with_graphs(workload: Workload, peers: tuple[str, ...], without: tuple[str, ...] = ()) -> Workload:
     """Ours and these peers as graphs besides; without those who cannot keep up."""
-    ours = dict(workload.ours)
-    if workload.mode == "full":
-        ours |= {f"{name} graph": as_graph(build) for name, build in workload.ours.items()}
+    ours = workload.ours | {f"{name} graph": as_graph(build) for name, build in workload.ours.items()}
     kept = {name: build for name, build in workload.peers.items() if name not in (*LEFT_OUT, *without)}
     return replace(workload, ours=ours, peers=kept | {f"{name} graph": as_graph(kept[name]) for name in peers})
 
 
-def _rows(tasks: int, query: int, width: int):
-    if width == 784:
-        return drawings(tasks, 5, query)
-    return MetaStep.random([width, 5], tasks, 5, query, lr=0.0, steps=0).batch
+def _classes(widths: list[int], tasks: int, query: int, steps: int) -> MetaStep:
+    if widths[0] != 784:
+        return MetaStep.random(widths, tasks, 5, query, lr=0.4, steps=steps)
+    return MetaStep(meta_step.model(widths), drawings(tasks, 5, query), 0.4, steps, "cross_entropy")
 
 
 def peak(device: str) -> float:
@@ -151,7 +153,9 @@ def peak(device: str) -> float:
     best, provider = 0.0, Timed if device != "cpu" else (lambda p: p)
     for size in (2048, 4096, 8192) if device != "cpu" else (128,):
         a, b = (torch.randn(size, size, device=device) for _ in range(2))
-        times = provider(Provider(lambda a=a, b=b: torch.mm(a, b))).turn(0.05, 2)
+        product = provider(Provider(lambda a=a, b=b: torch.mm(a, b)))
+        product.turn(0.0, 2)
+        times = product.turn(0.05, 2)
         best = max(best, 2 * size**3 / (1e-3 * min(times)))
     return best
 
@@ -176,13 +180,15 @@ def main() -> None:
     settings = Settings(threads=2, jax=jax, device=device, timed=(lambda p: p) if small else timed)
     print(f"{about['device']} {about['isa']}, {about['clock']}, torch {about['torch']}, {about['peak_gflops']} GFLOP/s")
     print("left out: convolutions (no kernels of ours yet: mf.MAML and torch.func do the same there)")
-    wrong, chosen = 0, list(workloads(device, small))
+    wrong, chosen = 0, workloads(device, small)
     for i, make in enumerate(chosen):
         left = deadline - time.monotonic()
         if left < 10:
             print(f"left out: {len(chosen) - i} workloads from here on, for want of time")
             break
         workload = make()
+        if options.only not in workload.case:
+            continue
         peers = list(workload.peers)
         # compiling may take longer than all else together, which comes first
         limit = min(40.0, (left - EACH * (len(chosen) - i)) / 2)
@@ -216,6 +222,7 @@ def _options():
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default=os.environ.get("OUT"), help="folder of the rows, else benchmarks/results")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for all of it")
+    parser.add_argument("--only", default="", metavar="SUBSTRING", help="workloads with this in their name")
     parser.add_argument("--seconds", type=float, default=0.2, help="at least so long for each provider")
     return parser.parse_args()
 
