@@ -345,6 +345,11 @@ def _rectangle(rows: TaskRows, tasks: list[int]) -> TaskRows:
     """Tasks of equal size as [T, N, ...]."""
     if not rows.is_ragged and len(tasks) == rows.num_tasks:
         return rows
+    if not rows.is_ragged and tasks == list(range(tasks[0], tasks[-1] + 1)):
+        # neighbours are views: indices would have to be copied to the device, which a CUDA graph cannot capture
+        part = slice(tasks[0], tasks[-1] + 1)
+        y, mask = (None if t is None else t[part] for t in (rows.y, rows.class_mask))
+        return TaskRows(rows.x[part], y, None, mask)
     chosen = rows.select(tasks)
     if not rows.is_ragged:
         return chosen

@@ -103,12 +103,9 @@ BAD = [
 
 
 def outputs_per_task(results, arguments):
-    rows = arguments["offsets"].diff()
-    widths = arguments.get("out_offsets")
+    rows, widths = arguments["offsets"].diff(), arguments.get("out_offsets")
     tasks = rows.numel()
-    widths = (
-        widths.diff() if widths is not None else torch.full((tasks,), arguments["weight"].shape[0] // max(tasks, 1))
-    )
+    widths = rows.new_full((tasks,), arguments["weight"].shape[0] // max(tasks, 1)) if widths is None else widths.diff()
     return [[part] for part in results[0].split((rows * widths).tolist())]
 
 

@@ -11,6 +11,7 @@ import re
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -321,6 +322,50 @@ class Reads(Pooled):
 def test_a_read_cannot_be_captured():
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
         Trainer(Reads(), Lines(), meta_batch=3, progress=False, cuda_graph=True).fit(10)
+
+
+class NoCopies(TorchFunctionMode):
+    """Nothing goes from the host to the device: a graph cannot capture such a copy."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sources = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.is_meta:
+            made = func in (torch.tensor, torch.as_tensor, torch.asarray)
+            assert not made, f"{func.__name__} copies numbers to the device"
+            assert all(t.is_meta or t.dim() == 0 for t in sources), f"{func.__name__} copies a tensor to the device"
+        return result
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        dict(lr=0.1),
+        dict(lr=0.1, steps=3, store="all"),
+        dict(lr=0.1, layers="head"),
+        dict(lr="one a layer", steps=2),
+        dict(lr=torch.nn.Parameter(torch.tensor(0.1, device="meta")), clip=1.0, momentum=0.9),
+        dict(lr=0.1, steps=2, plan="functional"),
+        dict(lr=0.1, plan="functional", chunk=3),
+    ],
+    ids=["number", "three", "head", "layers", "learned", "functional", "chunks"],
+)
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_a_meta_step_reads_and_copies_nothing(inner, norm):
+    """On the device `meta`, which has no values to read, as on every device by the reference."""
+    if isinstance(inner["lr"], str):
+        inner = inner | dict(lr=torch.full((2, 3 if norm else 2), 0.1, device="meta"))
+    maml = mf.MAML(mf.nn.mlp(6, (8,), 3, norm=norm).to("meta"), **inner)
+    rows = lambda n: mf.TaskRows(torch.zeros(4, n, 6), torch.zeros(4, n, dtype=torch.int64)).to("meta")  # noqa: E731
+    batch = mf.TaskBatch(rows(5), rows(7))
+    with mf.backend("reference"):
+        # what is found out about a model once is found out while warming up
+        maml(batch).loss.backward()
+        with NoCopies():
+            result = maml(batch)
+            result.loss.backward()
+            assert result.metrics["accuracy"].is_meta
+    assert all(p.grad.is_meta for p in maml.parameters())
 
 
 class Calls(list):
