@@ -146,7 +146,8 @@ def _sanitizer(device: str, command: list[str]) -> Part:
     else:
         # torch itself asks CUDA for things that it may not have
         part.commands = {
-            tool: [path, "--tool", tool, *["--report-api-errors=no"] * (tool == "memcheck"), *command] for tool in TOOLS
+            tool: [path, "--tool", tool, *(["--report-api-errors", "no"] if tool == "memcheck" else []), *command]
+            for tool in TOOLS
         }
     return part
 

@@ -174,6 +174,7 @@ def cuda(monkeypatch):
         graph=graph,
         Event=Event,
         _sleep=lambda cycles: None,
+        set_sync_debug_mode=lambda mode: None,
     )
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -277,6 +278,14 @@ def test_a_provider_as_a_graph(cuda):
     with pytest.raises(Unavailable, match="cannot be captured") as error:
         bench.as_graph(reads)(Settings(device="cuda"))
     assert error.value.recorded
+
+
+def test_a_peer_that_cannot_is_left_out():
+    def cannot():
+        raise NotImplementedError("float32\nis refused")
+
+    with pytest.raises(Unavailable, match=r"^cannot: float32 is refused$"):
+        bench.tried(lambda settings: Provider(cannot))(Settings())
 
 
 def test_rows_have_the_columns_of_the_others():

@@ -82,11 +82,17 @@ def as_graph(build: Build) -> Build:
             with torch.cuda.stream(stream):
                 for _ in range(3):
                     provider.call()
+                # before the capture: one that fails leaves torch's allocator in the middle of it
+                torch.cuda.set_sync_debug_mode("error")
+                provider.call()
+            torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, stream=stream):
                 results = provider.call()
         except RuntimeError as error:
             raise Unavailable(f"cannot be captured: {' '.join(str(error).split())[:120]}", recorded=True) from None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
         def call():
             graph.replay()
@@ -95,6 +101,21 @@ def as_graph(build: Build) -> Build:
         return Provider(call, provider.version, provider.compile_s)
 
     return captured
+
+
+def tried(build: Build) -> Build:
+    """A peer that cannot compute this on a device is left out with its own words."""
+
+    def made(settings: Settings) -> Provider:
+        provider = build(settings)
+        try:
+            provider.results()
+        except RuntimeError as error:
+            provider.close()
+            raise Unavailable(f"cannot: {' '.join(str(error).split())[:120]}", recorded=True) from None
+        return provider
+
+    return made
 
 
 def workloads(device: str, small: bool) -> list[Callable[[], Workload]]:
@@ -138,7 +159,7 @@ def surgery(sizes: tuple[int, ...], device: str) -> Workload:
 def with_graphs(workload: Workload, peers: tuple[str, ...], without: tuple[str, ...] = ()) -> Workload:
     """Ours and these peers as graphs besides; without those who cannot keep up."""
     ours = workload.ours | {f"{name} graph": as_graph(build) for name, build in workload.ours.items()}
-    kept = {name: build for name, build in workload.peers.items() if name not in (*LEFT_OUT, *without)}
+    kept = {name: tried(build) for name, build in workload.peers.items() if name not in (*LEFT_OUT, *without)}
     return replace(workload, ours=ours, peers=kept | {f"{name} graph": as_graph(kept[name]) for name in peers})
 
 

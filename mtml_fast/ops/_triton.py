@@ -29,12 +29,15 @@ def register(name: str, library: torch.library.Library, *, override: bool = Fals
     if not override and has_kernel(f"mtml_fast::{name}", "cuda"):
         return False
     for target in (name, f"{name}_backward"):
-        replace(library, target, implementation(name, target))
+        if override:
+            replace(library, target, implementation(name, target))
+        else:
+            library.impl(target, implementation(name, target), "CUDA")
     return True
 
 
 def replace(library: torch.library.Library, name: str, kernel: Callable) -> None:
-    """Register a kernel for CUDA devices, in the place of another if there is one."""
+    """Register a kernel for CUDA devices in the place of another."""
     with warnings.catch_warnings():
         # that a kernel is replaced is what is wanted
         warnings.simplefilter("ignore", UserWarning)

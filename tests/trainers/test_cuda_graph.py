@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import mtml_fast as mf
 from mtml_fast.ops import _check
 from mtml_fast.trainers import cuda_graph, trainer
-from mtml_fast.trainers.cuda_graph import WARM_UP, CudaGraphs
+from mtml_fast.trainers.cuda_graph import WARM_UP, CudaGraphs, GraphedStep
 from mtml_fast.trainers.trainer import Trainer
 
 from .runs import Lines, Pooled, make
@@ -366,6 +366,39 @@ def test_a_meta_step_reads_and_copies_nothing(inner, norm):
             result.loss.backward()
             assert result.metrics["accuracy"].is_meta
     assert all(p.grad.is_meta for p in maml.parameters())
+
+
+class Repeating(StandIn):
+    """Runs the function again, and lets it copy nothing to the device."""
+
+    def capture(self, function):
+        def replay():
+            with NoCopies():
+                return function()
+
+        return replay
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        mf.data.Sinusoid(device="meta"),
+        mf.data.TensorClasses(torch.randn(60, 1), torch.arange(60) % 6, ways=3, device="meta"),
+        mf.data.TensorClasses((torch.arange(60)[:, None] % 7).float(), torch.arange(60) % 6, ways=3),
+    ],
+    ids=["sinusoid", "classes", "from-the-host"],
+)
+def test_a_step_of_the_optimizer_copies_nothing(monkeypatch, tasks):
+    """Nor does sampling, where the tasks lie on the device."""
+    monkeypatch.setattr(trainer, "CudaGraphs", Repeating)
+    maml = mf.MAML(mf.nn.mlp(1, (8,), tasks.outputs), lr=0.1).to("meta")
+    with mf.backend("reference"):
+        run = Trainer(maml, tasks, meta_batch=4, optimizer="sgd", clip_grad=1.0, progress=False, cuda_graph=True)
+        graphed = GraphedStep(run._descend, tasks, 4, run.optimizer, False, run._device, run._graphs)
+        run._graphed = graphed
+        for step in range(WARM_UP + 2):
+            loss, _ = graphed(step)
+            assert loss.is_meta
 
 
 class Calls(list):
