@@ -92,6 +92,10 @@ def test_what_is_lacking_is_named(monkeypatch):
     assert parts["battery"].missing.startswith("pytest")
     assert parts["sanitizer"].missing.startswith("compute-sanitizer")
     assert all(part.needed for part in parts.values())
+    # what torch itself cannot do is left out by name
+    assert parts["battery"].note.endswith("in torch 2.11.0")
+    later = gpu_check.parts("cuda", about | {"torch": "2.13.0+cu130"}, Path("out"))[-1]
+    assert (later.name, later.note) == ("battery", "")
 
 
 FOUND = """========= COMPUTE-SANITIZER
