@@ -89,8 +89,10 @@ def cagrad(gram: np.ndarray, c: float = 0.5) -> np.ndarray:
         if not low < r < high:
             r = (low + high) / 2
     norm = np.sqrt(w @ scaled @ w)
-    # at a point where no direction serves all tasks
-    return mean + reach / norm * w if norm > 1e-5 else np.zeros(size)
+    # At a point where no direction serves all tasks the mixture's length is what rounding and the ridge leave of zero,
+    # and so is the worst task's gain.
+    stationary = norm <= 1e-4 and w @ linear + reach * norm <= 1e-5 * reach
+    return np.zeros(size) if stationary else mean + reach / norm * w
 
 
 def imtl_g(gram: np.ndarray) -> np.ndarray:
