@@ -31,8 +31,10 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_adapt(const __grid_constant__
   double* room;
   T* shared = shared_rooms(network, &room);
   for (int64_t t = blockIdx.x; t < network.tasks; t += gridDim.x) {
-    // whoever still reads what the last task left in shared memory
-    if (t != blockIdx.x) __syncthreads();
+    if (t != blockIdx.x) {
+      // whoever still reads what the last task left in shared memory
+      __syncthreads();
+    }
     Sweep<T>(network, t, shared, room).forward();
   }
 }
@@ -42,8 +44,10 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_adapt_backward(const __grid_c
   double* room;
   T* shared = shared_rooms(network, &room);
   for (int64_t t = blockIdx.x; t < network.tasks; t += gridDim.x) {
-    // whoever still reads what the last task left in shared memory
-    if (t != blockIdx.x) __syncthreads();
+    if (t != blockIdx.x) {
+      // whoever still reads what the last task left in shared memory
+      __syncthreads();
+    }
     Sweep<T>(network, t, shared, room).backward();
   }
 }

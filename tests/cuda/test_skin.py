@@ -1,6 +1,7 @@
 """The CUDA skins on a CPU, over kernels that run in the shim: the operator's own tests, and what a skin refuses."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ TORCH = Path(torch.__file__).parent
 # kernels that an operator's skin calls besides its own have none
 SKINS = [name for name in OPERATORS if (ROOT / f"csrc/cuda/{name}.cpp").is_file()]
 
-# what takes long on fibers, and what a compiler makes of an operator whoever serves it
-LESS = "not T64 and not compiled"
+# not what takes long on fibers, nor what a compiler makes of an operator whoever serves it, nor what only a CPU does
+SELECTED = {"sgd_step": "not T64 and not compiled", "mlp_adapt": "battery and not compiled"}
 
 # in its own process: the operators of torch's CPU key are now the CUDA ones
 START = """
@@ -24,6 +25,13 @@ import mtml_fast.ops
 torch.ops.load_library({library!r})
 skin = ctypes.CDLL({library!r})
 """
+
+
+def kernels(name: str) -> list[Path]:
+    """Whose headers the skin includes."""
+    headers = re.findall(r'#include "(cuda/\w+)\.h"', (ROOT / f"csrc/cuda/{name}.cpp").read_text())
+    sources = [ROOT / f"csrc/{header}.cu" for header in headers]
+    return [source for source in sources if source.is_file()]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +43,7 @@ def skins(tmp_path_factory):
         name: build(
             folder / f"{name}.so",
             [*flags.split(), *torch_flags, '-DMTML_CUDA_ARCHITECTURES="none"', f'-DSKIN="cuda/{name}.cpp"'],
-            ROOT / f"csrc/cuda/{name}.cu",
+            *kernels(name),
             ROOT / "tests/native/cuda_skin.cpp",
         )
         for name in SKINS
@@ -53,7 +61,7 @@ def test_battery(skins, name):
     """What the operator's tests ask of any kernel; launches show who ran."""
     code = f"""
 import pytest
-failed = pytest.main(["-x", "-p", "no:cacheprovider", "-k", {LESS!r}, "tests/ops/test_{name}.py"])
+failed = pytest.main(["-x", "-p", "no:cacheprovider", "-k", {SELECTED[name]!r}, "tests/ops/test_{name}.py"])
 print("launches", skin.cuda_skin_launches())
 sys.exit(failed)
 """
@@ -77,6 +85,68 @@ for lr, clip in ((0.1, None), (0.1, 1.0), (torch.rand(3, requires_grad=True), 1.
 """
     done = python(skins["sgd_step"], code)
     assert done.stdout.splitlines() == ["1 1", "2 2", "2 3", "1 2"], done.stderr
+
+
+def test_launches_of_a_meta_step(skins):
+    """One forward, two for the reverse, however many tasks, layers and steps; a head's table of rates is one more."""
+    code = """
+from mtml_fast.ops import mlp_adapt
+torch.manual_seed(0)
+for tasks, widths, steps, rates in ((2, (3, 4, 2), 1, False), (9, (3, 5, 5, 5, 2), 3, True), (4, (6, 2), 2, True)):
+    params = [t for i, o in zip(widths, widths[1:]) for t in (torch.randn(o, i), torch.randn(o))]
+    x, y = torch.randn(tasks, 4, widths[0]), torch.randint(2, (tasks, 4))
+    lr = torch.full((steps,), 0.1, requires_grad=rates)
+    for p in params: p.requires_grad_()
+    skin.cuda_skin_launches()
+    losses = mlp_adapt(params, x, y, x, y, lr=lr, steps=steps).losses
+    forward = skin.cuda_skin_launches()
+    losses.sum().backward()
+    print(forward, skin.cuda_skin_launches())
+"""
+    done = python(skins["mlp_adapt"], code)
+    assert done.stdout.splitlines() == ["1 2", "1 2", "1 3"], done.stderr
+
+
+# the losses of a short run, by whoever serves, and by which way
+RUN = """
+import torch
+import mtml_fast as mf
+from mtml_fast.ops.mlp_adapt import eager
+torch.manual_seed(0)
+maml = mf.MAML(mf.nn.mlp(1, (12, 12), 1), lr=torch.nn.Parameter(torch.tensor(0.02)), steps=3, loss="mse")
+optimizer = torch.optim.Adam(maml.parameters(), 0.01)
+tasks = mf.data.Sinusoid(shots=5, query_shots=7)
+# as on a device
+eager._has_gradients_at_once = lambda _: {at_once}
+with mf.backend({served_by!r}):
+    for step in range(6):
+        loss = maml(tasks.sample(4, step=step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        print(float(loss.detach()))
+"""
+
+
+def test_a_run_has_the_same_losses_whoever_serves(skins):
+    launches = "print('launches', skin.cuda_skin_launches())"
+    done = {
+        "cuda": python(skins["mlp_adapt"], RUN.format(served_by="auto", at_once=False) + launches),
+        "reference": python(skins["mlp_adapt"], RUN.format(served_by="reference", at_once=False)),
+    }
+    done["cpu"] = subprocess.run(
+        [sys.executable, "-c", RUN.format(served_by="auto", at_once=True)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    # a forward launch and two for the reverse, six times
+    assert done["cuda"].stdout.splitlines()[-1] == "launches 18", done["cuda"].stderr
+    losses = {who: [float(line) for line in ran.stdout.splitlines()[:6]] for who, ran in done.items()}
+    assert len(losses["cpu"]) == 6, done["cpu"].stderr
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-5)
+    assert losses["cuda"] == pytest.approx(losses["reference"], rel=2e-5)
 
 
 def test_what_a_skin_refuses(skins):

@@ -146,13 +146,15 @@ struct Problem {
                  classes_loss ? nullptr : support_targets.data(),
                  ragged_support ? support_offsets.data() : nullptr,
                  longest(support_offsets),
-                 nullptr};
+                 nullptr,
+                 support_offsets.back()};
     a.query = {query_x.data(),
                labelled && classes_loss ? query_labels.data() : nullptr,
                labelled && !classes_loss ? query_targets.data() : nullptr,
                ragged_query ? query_offsets.data() : nullptr,
                longest(query_offsets),
-               nullptr};
+               nullptr,
+               query_offsets.back()};
     a.class_mask = mask.empty() ? nullptr : reinterpret_cast<const bool*>(mask.data());
     a.wants_fast = !d_fast.empty();
     a.d_outputs = d_outputs.empty() ? nullptr : d_outputs.data();
