@@ -20,10 +20,12 @@ template <class T>
 struct Kernels;
 template <>
 struct Kernels<float> {
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f32;
   static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f32;
   static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f32;
   static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f32;
   static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f32;
@@ -33,10 +35,12 @@ struct Kernels<float> {
 };
 template <>
 struct Kernels<double> {
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f64;
   static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f64;
   static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f64;
   static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f64;
   static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f64;
@@ -51,10 +55,15 @@ bool is_linear(const MlpArguments<T>& a) {
   return !a.support.offsets && !a.query.offsets && Kernels<T>::linear_serves(&a);
 }
 
+template <class T>
+bool is_gram(const MlpArguments<T>& a) {
+  return !is_linear(a) && Kernels<T>::is_gram(&a);
+}
+
 // elements of what the forward sweep leaves for the reverse, or needs for itself
 template <class T>
 int64_t state_size(const MlpArguments<T>& a, bool keeps) {
-  return is_linear(a) ? Kernels<T>::linear_state(&a) : Kernels<T>::state(&a, keeps);
+  return is_linear(a) ? Kernels<T>::linear_state(&a) : Kernels<T>::state(&a, is_gram(a), keeps);
 }
 
 void check_layers(int64_t layers) {
@@ -67,9 +76,59 @@ Tensor room(const Tensor& like, const Shape& shape) {
 }
 Tensor room(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}); }
 
+// The tensors that products over all tasks' rows take: [H, D] or one for each task, [T, N, D], [T, Q, D].
+struct Features {
+  Tensor weight, support, query;
+};
+
+// The products of a first layer in Gram form, by torch's own library; owns them.
+template <class T>
+class Products {
+ public:
+  cuda::MlpGram<T> gram{};
+
+  // what the forward sweep takes
+  void forward(const Features& x) {
+    const Tensor weight = torch::stable::transpose(x.weight, 0, 1);
+    gram.support_z = keep(matmul(rows(x.support), weight));
+    gram.query_z = keep(matmul(rows(x.query), weight));
+    gram.gram = keep(matmul(x.support, turned(x.support)));
+    gram.cross = keep(matmul(x.query, turned(x.support)));
+  }
+  // what the reverse takes, with room for what it gives
+  void backward(const Features& x, int64_t width) {
+    gram.gram = keep(matmul(x.support, turned(x.support)));
+    gram.cross_transposed = keep(matmul(x.support, turned(x.query)));
+    support_u_ = room_of(x.support, width);
+    query_u_ = room_of(x.query, width);
+    gram.support_u = data<T>(support_u_);
+    gram.query_u = data<T>(query_u_);
+  }
+  // the weight's gradient, behind the reverse: what the sums add up
+  void finish(const Features& x) {
+    gram.support_gradient = keep(matmul(torch::stable::transpose(support_u_, 0, 1), rows(x.support)));
+    gram.query_gradient = keep(matmul(torch::stable::transpose(query_u_, 0, 1), rows(x.query)));
+  }
+
+ private:
+  Tensors kept_;
+  Tensor support_u_, query_u_;
+
+  static Tensor matmul(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, b); }
+  static Tensor turned(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
+  static Tensor rows(const Tensor& x) { return torch::stable::flatten(x, 0, 1); }
+  static Tensor room_of(const Tensor& x, int64_t width) {
+    return torch::stable::new_empty(x, {x.size(0) * x.size(1), width});
+  }
+  const T* keep(Tensor x) {
+    kept_.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+    return static_cast<const T*>(kept_.back().const_data_ptr());
+  }
+};
+
 // Outputs, losses, adapted parameters, and what the forward sweep leaves for the reverse.
 template <class T>
-Tensors saving(const Call& call, const Tensor& like, const std::vector<bool>& needs, bool always_steps,
+Tensors saving(const Call& call, const Features& x, const std::vector<bool>& needs, bool always_steps,
                const Device& device, bool keeps_anyway = false) {
   MlpSetup<T> setup(call, /*readable=*/false);
   setup.want(needs);
@@ -78,33 +137,36 @@ Tensors saving(const Call& call, const Tensor& like, const std::vector<bool>& ne
   const std::vector<int64_t> outputs = setup.outputs_shape(), losses = setup.losses_shape();
   const bool steps = always_steps || a.options.every_step;
   Tensors made;
-  made.push_back(room(like, steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))));
-  made.push_back(room(like, steps ? shape_of(losses) : one_evaluation(shape_of(losses))));
-  made.push_back(room(like, shape_of(setup.fast_shape())));
+  made.push_back(room(x.support, steps ? shape_of(outputs) : one_evaluation(shape_of(outputs))));
+  made.push_back(room(x.support, steps ? shape_of(losses) : one_evaluation(shape_of(losses))));
+  made.push_back(room(x.support, shape_of(setup.fast_shape())));
   a.outputs = data<T>(made[0]);
   a.losses = data<T>(made[1]);
   if (a.wants_fast) a.fast = data<T>(made[2]);
   const bool keeps = keeps_anyway || std::find(needs.begin(), needs.end(), true) != needs.end();
   // without a reverse it is the sweep's own workspace
-  const Tensor state = room(like, state_size(a, keeps));
+  const Tensor state = room(x.support, state_size(a, keeps));
+  Products<T> products;
+  if (is_gram(a)) products.forward(x);
   check_launch("mlp_adapt", is_linear(a) ? Kernels<T>::linear_forward(&a, data<T>(state), device.stream())
-                                         : Kernels<T>::forward(&a, keeps, data<T>(state), device.stream()));
-  made.push_back(keeps ? state : room(like, 0));
+                                         : Kernels<T>::forward(&a, is_gram(a) ? &products.gram : nullptr, keeps,
+                                                               data<T>(state), device.stream()));
+  made.push_back(keeps ? state : room(x.support, 0));
   return made;
 }
 
 template <class T>
-Tensors backward(const Call& call, const Tensor& like, const Tensors& grad_outputs, const std::vector<bool>& needs,
+Tensors backward(const Call& call, const Features& x, const Tensors& grad_outputs, const std::vector<bool>& needs,
                  const Tensor* given_state, const Device& device) {
   const bool keeps = given_state && given_state->numel() > 0;
   // without a state the forward sweep runs again
-  const Tensor state = keeps ? *given_state : saving<T>(call, like, needs, true, device, true)[3];
+  const Tensor state = keeps ? *given_state : saving<T>(call, x, needs, true, device, true)[3];
   MlpSetup<T> setup(call, /*readable=*/false);
   MlpArguments<T>& a = setup.arguments();
   check_layers(a.options.layers);
   Tensors gradients;
   setup.give_gradients(needs, [&](const Shape& shape) {
-    gradients.push_back(room(like, shape));
+    gradients.push_back(room(x.support, shape));
     return data<T>(gradients.back());
   });
   const Tensors cotangents = give_cotangents(setup, call, grad_outputs);
@@ -119,13 +181,19 @@ Tensors backward(const Call& call, const Tensor& like, const Tensors& grad_outpu
                                         is_table ? call.lr[0].shape.sizes[1] : 0, parameter_rows.data()};
   const T* kept = static_cast<const T*>(state.const_data_ptr());
   if (!is_linear(a)) {
-    const Tensor scratch = workspace(like, Kernels<T>::workspace(&a));
-    check_launch("mlp_adapt_backward", Kernels<T>::backward(&a, &rates, kept, data<double>(scratch), device.stream()));
+    const bool by_products = is_gram(a);
+    Products<T> products;
+    if (by_products) products.backward(x, a.options.widths[1]);
+    const cuda::MlpGram<T>* gram = by_products ? &products.gram : nullptr;
+    const Tensor scratch = workspace(x.support, Kernels<T>::workspace(&a, by_products));
+    check_launch("mlp_adapt_backward", Kernels<T>::backward(&a, gram, kept, data<double>(scratch), device.stream()));
+    if (by_products && a.params[0].gradient) products.finish(x);
+    check_launch("mlp_adapt_backward", Kernels<T>::sums(&a, gram, &rates, data<double>(scratch), device.stream()));
     return gradients;
   }
-  const Tensor sums = workspace(like, rates.table ? a.num_params * setup.tasks() * a.options.steps : 0);
+  const Tensor sums = workspace(x.support, rates.table ? a.num_params * setup.tasks() * a.options.steps : 0);
   if (rates.table) setup.give_rate_sums(data<double>(sums));
-  const Tensor scratch = room(like, Kernels<T>::linear_workspace(&a));
+  const Tensor scratch = room(x.support, Kernels<T>::linear_workspace(&a));
   check_launch("mlp_adapt_backward", Kernels<T>::linear_backward(&a, kept, data<T>(scratch), device.stream()));
   check_launch("mlp_adapt_backward", Kernels<T>::rates(&a, &rates, data<double>(sums), device.stream()));
   return gradients;
@@ -149,8 +217,9 @@ std::tuple<Tensor, Tensor, Tensor> mlp_adapt_cuda(MLP_ADAPT_PARAMETERS) {
   const Call call(MLP_ADAPT_ARGUMENTS);
   const Tensors tensors = MLP_ADAPT_TENSORS;
   const Device device("mlp_adapt", {&tensors});
-  const Tensors made = call.is_float() ? saving<float>(call, support_x, no_needs(call), true, device)
-                                       : saving<double>(call, support_x, no_needs(call), true, device);
+  const Tensors made = call.is_float()
+                           ? saving<float>(call, {params[0], support_x, query_x}, no_needs(call), true, device)
+                           : saving<double>(call, {params[0], support_x, query_x}, no_needs(call), true, device);
   return {made[0], made[1], made[2]};
 }
 
@@ -158,15 +227,21 @@ Tensors backward_cuda(const Tensors& grad_outputs, MLP_ADAPT_PARAMETERS, const s
   const Call call(MLP_ADAPT_ARGUMENTS);
   const Tensors tensors = MLP_ADAPT_TENSORS;
   const Device device("mlp_adapt_backward", {&tensors, &grad_outputs});
-  return call.is_float() ? backward<float>(call, support_x, grad_outputs, needs, nullptr, device)
-                         : backward<double>(call, support_x, grad_outputs, needs, nullptr, device);
+  return call.is_float()
+             ? backward<float>(call, {params[0], support_x, query_x}, grad_outputs, needs, nullptr, device)
+             : backward<double>(call, {params[0], support_x, query_x}, grad_outputs, needs, nullptr, device);
+}
+
+Features features(const Call& call, const Tensors& tensors) {
+  const size_t support = call.params.size() + call.lr.size();
+  return {tensors[0], tensors[support], tensors[support + 1]};
 }
 
 Tensors saving_cuda(const Tensors& tensors, const Tensor& settings) {
   const Call call(tensors, settings);
   const Device device("mlp_adapt", {&tensors});
-  return call.is_float() ? saving<float>(call, tensors[0], call.needs, false, device)
-                         : saving<double>(call, tensors[0], call.needs, false, device);
+  return call.is_float() ? saving<float>(call, features(call, tensors), call.needs, false, device)
+                         : saving<double>(call, features(call, tensors), call.needs, false, device);
 }
 
 Tensors backward_from_state_cuda(const Tensors& grad_outputs, const Tensors& tensors, const Tensor& settings,
@@ -177,8 +252,8 @@ Tensors backward_from_state_cuda(const Tensors& grad_outputs, const Tensors& ten
   for (const Tensor& x : grad_outputs)
     if (x.numel() > 0) given.push_back(x);
   const Device device("mlp_adapt_backward", {&tensors, &given});
-  return call.is_float() ? backward<float>(call, tensors[0], grad_outputs, call.needs, &state, device)
-                         : backward<double>(call, tensors[0], grad_outputs, call.needs, &state, device);
+  return call.is_float() ? backward<float>(call, features(call, tensors), grad_outputs, call.needs, &state, device)
+                         : backward<double>(call, features(call, tensors), grad_outputs, call.needs, &state, device);
 }
 
 }  // namespace

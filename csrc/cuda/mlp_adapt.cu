@@ -82,7 +82,10 @@ __global__ void __launch_bounds__(kThreads)
         return c.layers[param.layer].at[param.kind] + element / columns * ld + element % columns;
       };
       const int64_t size = param.gradient && param.task_stride == 0 ? param.size : 0;
-      if (i >= 0 && i < size) param.gradient[i] = sum_over_tasks(c.u.fixed + place(i), c.theta_size, c.tasks);
+      if (i >= 0 && i < size && c.is_gram && p == 0) {
+        param.gradient[i] = c.gram.support_gradient[i] + c.gram.query_gradient[i];
+      } else if (i >= 0 && i < size)
+        param.gradient[i] = sum_over_tasks(c.u.fixed + place(i), c.theta_size, c.tasks);
       i -= size;
       const int64_t rates = param.rate_gradient ? param.size * param.rate_rows : 0;
       if (i >= 0 && i < rates) {
@@ -121,7 +124,7 @@ class Plan {
   Network<T> network{};
   int64_t shared_bytes = 0;
 
-  Plan(const MlpArguments<T>& arguments, bool keeps, bool is_backward)
+  Plan(const MlpArguments<T>& arguments, const MlpGram<T>* gram, bool keeps, bool is_backward)
       : a(arguments), keeps_(keeps), is_backward_(is_backward) {
     const MlpOptions& o = a.options;
     Network<T>& c = network;
@@ -149,6 +152,8 @@ class Plan {
     c.d_outputs = a.d_outputs;
     c.d_losses = a.d_losses;
     c.d_fast = a.d_fast;
+    c.is_gram = gram != nullptr;
+    if (gram) c.gram = *gram;
     lay_out_layers();
     lay_out_rooms();
   }
@@ -159,7 +164,9 @@ class Plan {
     Counter room{state};
     Network<T>& c = network;
     for (Room<T>* of : {&c.theta, &c.record, &c.evaluation, &c.velocity}) room.take(*of, c);
-    if (!is_backward_) room.take(c.w, c);
+    if (is_backward_) return room.count;
+    room.take(c.w, c);
+    room.take(c.moved, c);
     return room.count;
   }
 
@@ -182,7 +189,7 @@ class Plan {
     const int64_t doubles = c.shared_doubles * static_cast<int64_t>(sizeof(double));
     const int64_t limit = (limit_bytes - doubles) / static_cast<int64_t>(sizeof(T));
     int64_t used = 0;
-    std::vector<Room<T>*> order = {&c.theta, &c.record, &c.evaluation, &c.w};
+    std::vector<Room<T>*> order = {&c.theta, &c.moved, &c.record, &c.evaluation, &c.w};
     if (is_backward_) order = {&c.theta, &c.direction, &c.record, &c.tangent, &c.u, &c.delta, &c.evaluation, &c.w};
     for (Room<T>* room : order) {
       const Rows<T>& rows = room->is_query ? c.query : c.support;
@@ -265,6 +272,7 @@ class Plan {
                        kind};
         c.param[l][kind] = p++;
         c.fast_size += size;
+        if (c.is_gram && l == 0 && kind == kWeight) continue;
         layer.at[kind] = c.theta_size;
         c.theta_size += up_to_four(kind == kWeight ? static_cast<int64_t>(layer.out) * layer.ld_weight : layer.out);
       }
@@ -313,6 +321,7 @@ class Plan {
     c.evaluation = room(evaluation_fixed_, evaluation_rows_, keeps_ ? c.evaluations : 1, true);
     c.velocity = room(momentum && keeps_ && a.wants_rates ? c.theta_size : 0, 0, c.steps, false);
     c.w = room(momentum ? c.theta_size : 0, 0, 1, false);
+    c.moved = room(0, c.is_gram ? c.layers[0].ld_out : 0, 1, false);
     c.u = room(c.theta_size, 0, 1, false);
     c.direction = room(c.theta_size, 0, 1, false);
     c.tangent = room(tangent_fixed_, c.first_order ? 0 : tangent_rows_, 1, false);
@@ -331,22 +340,47 @@ inline cudaError_t shared_memory_limit(int64_t* bytes) {
   return take(error);
 }
 
+// Of more weights than this the first layer is worth products over all tasks' rows; below zero it always is, for tests.
+#ifndef MTML_GRAM_WEIGHTS
+#define MTML_GRAM_WEIGHTS 8192
+#endif
+
+// where the layer's steps can be told by its rows, and nobody asks for what only its weights know
 template <class T>
-int64_t state_size(const MlpArguments<T>& arguments, bool keeps) {
-  return Plan<T>(arguments, keeps, false).place_state(nullptr);
+bool is_gram(const MlpArguments<T>& a) {
+  const MlpOptions& o = a.options;
+  const MlpParameter<T>& weight = a.params[0];
+  const bool regular = !a.support.offsets && !a.query.offsets;
+  const bool plain = o.momentum == 0 && o.weight_decay == 0 && !(o.clip < INFINITY);
+  const bool features = a.wants_support_x || a.wants_query_x;
+  const bool gains = a.support.max_rows < o.widths[0] && o.widths[0] * o.widths[1] > MTML_GRAM_WEIGHTS;
+  return o.layers > 1 && regular && plain && !features && !a.wants_fast && weight.task_stride == 0 &&
+         weight.rate_element == 0 && (gains || MTML_GRAM_WEIGHTS < 0);
+}
+
+// whose addresses nobody asks for
+template <class T>
+const MlpGram<T>* some_gram(bool is_gram) {
+  static const MlpGram<T> kNone{};
+  return is_gram ? &kNone : nullptr;
 }
 
 template <class T>
-int64_t workspace_size(const MlpArguments<T>& arguments) {
-  return Plan<T>(arguments, true, true).place_workspace(nullptr);
+int64_t state_size(const MlpArguments<T>& arguments, bool is_gram, bool keeps) {
+  return Plan<T>(arguments, some_gram<T>(is_gram), keeps, false).place_state(nullptr);
 }
 
 template <class T>
-int forward(const MlpArguments<T>& arguments, bool keeps, T* state, void* stream) {
+int64_t workspace_size(const MlpArguments<T>& arguments, bool is_gram) {
+  return Plan<T>(arguments, some_gram<T>(is_gram), true, true).place_workspace(nullptr);
+}
+
+template <class T>
+int forward(const MlpArguments<T>& arguments, const MlpGram<T>* gram, bool keeps, T* state, void* stream) {
   int64_t limit;
   const cudaError_t error = shared_memory_limit(&limit);
   if (error != cudaSuccess) return error;
-  Plan<T> plan(arguments, keeps, false);
+  Plan<T> plan(arguments, gram, keeps, false);
   plan.place_state(state);
   plan.place_shared(limit);
   if (!keeps) {
@@ -358,15 +392,33 @@ int forward(const MlpArguments<T>& arguments, bool keeps, T* state, void* stream
                 plan.network);
 }
 
-// the launch that adds up over tasks
 template <class T>
-int sums(Network<T>& c, const MlpRateGradients<T>& rates, void* stream) {
+int backward(const MlpArguments<T>& arguments, const MlpGram<T>* gram, const T* state, double* workspace,
+             void* stream) {
+  int64_t limit;
+  const cudaError_t error = shared_memory_limit(&limit);
+  if (error != cudaSuccess) return error;
+  Plan<T> plan(arguments, gram, true, true);
+  plan.place_state(const_cast<T*>(state));
+  plan.place_workspace(workspace);
+  plan.place_shared(limit);
+  return launch(mlp_adapt_backward<T>, plan.network.tasks, kThreads, plan.shared_bytes,
+                static_cast<cudaStream_t>(stream), plan.network);
+}
+
+template <class T>
+int sums(const MlpArguments<T>& arguments, const MlpGram<T>* gram, const MlpRateGradients<T>& rates, double* workspace,
+         bool rates_alone, void* stream) {
+  Plan<T> plan(arguments, gram, true, true);
+  plan.place_workspace(workspace);
+  Network<T>& c = plan.network;
   c.table_gradient = rates.table;
   c.table_rows = rates.rows;
   c.table_columns = rates.columns;
   int64_t elements = rates.table ? rates.rows * rates.columns : 0;
   for (int p = 0; p < c.num_params; ++p) {
     Param<T>& param = c.params[p];
+    if (rates_alone) param.gradient = param.rate_gradient = nullptr;
     if (param.gradient && param.task_stride == 0) elements += param.size;
     if (!param.rate_gradient) continue;
     param.rate_rows = rates.parameter_rows[p];
@@ -376,74 +428,61 @@ int sums(Network<T>& c, const MlpRateGradients<T>& rates, void* stream) {
                 c, elements);
 }
 
-template <class T>
-int backward(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates, const T* state, double* workspace,
-             void* stream) {
-  int64_t limit;
-  cudaError_t error = shared_memory_limit(&limit);
-  if (error != cudaSuccess) return error;
-  Plan<T> plan(arguments, true, true);
-  plan.place_state(const_cast<T*>(state));
-  plan.place_workspace(workspace);
-  plan.place_shared(limit);
-  error = launch(mlp_adapt_backward<T>, plan.network.tasks, kThreads, plan.shared_bytes,
-                 static_cast<cudaStream_t>(stream), plan.network);
-  return error != cudaSuccess ? static_cast<int>(error) : sums(plan.network, rates, stream);
-}
-
-template <class T>
-int rates_alone(const MlpArguments<T>& arguments, const MlpRateGradients<T>& rates, const double* rate_sums,
-                void* stream) {
-  Plan<T> plan(arguments, true, true);
-  plan.network.rate_sums = const_cast<double*>(rate_sums);
-  for (Param<T>& param : plan.network.params) param.gradient = param.rate_gradient = nullptr;
-  return sums(plan.network, rates, stream);
-}
-
 }  // namespace mtml::cuda
 
 extern "C" {
 
-int64_t mtml_cuda_mlp_adapt_state_f32(const mtml::MlpArguments<float>* arguments, int keeps) {
-  return mtml::cuda::state_size(*arguments, keeps != 0);
+int mtml_cuda_mlp_adapt_is_gram_f32(const mtml::MlpArguments<float>* arguments) {
+  return mtml::cuda::is_gram(*arguments);
 }
-int64_t mtml_cuda_mlp_adapt_state_f64(const mtml::MlpArguments<double>* arguments, int keeps) {
-  return mtml::cuda::state_size(*arguments, keeps != 0);
+int64_t mtml_cuda_mlp_adapt_state_f32(const mtml::MlpArguments<float>* arguments, int is_gram, int keeps) {
+  return mtml::cuda::state_size(*arguments, is_gram != 0, keeps != 0);
 }
-int64_t mtml_cuda_mlp_adapt_workspace_f32(const mtml::MlpArguments<float>* arguments) {
-  return mtml::cuda::workspace_size(*arguments);
+int64_t mtml_cuda_mlp_adapt_workspace_f32(const mtml::MlpArguments<float>* arguments, int is_gram) {
+  return mtml::cuda::workspace_size(*arguments, is_gram != 0);
 }
-int64_t mtml_cuda_mlp_adapt_workspace_f64(const mtml::MlpArguments<double>* arguments) {
-  return mtml::cuda::workspace_size(*arguments);
+int mtml_cuda_mlp_adapt_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                            int keeps, float* state, void* stream) {
+  return mtml::cuda::forward(*arguments, gram, keeps != 0, state, stream);
+}
+int mtml_cuda_mlp_adapt_backward_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                                     const float* state, double* workspace, void* stream) {
+  return mtml::cuda::backward(*arguments, gram, state, workspace, stream);
+}
+int mtml_cuda_mlp_adapt_sums_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                                 const mtml::cuda::MlpRateGradients<float>* rates, double* workspace, void* stream) {
+  return mtml::cuda::sums(*arguments, gram, *rates, workspace, false, stream);
+}
+int mtml_cuda_mlp_adapt_rates_f32(const mtml::MlpArguments<float>* arguments,
+                                  const mtml::cuda::MlpRateGradients<float>* rates, double* rate_sums, void* stream) {
+  return mtml::cuda::sums<float>(*arguments, nullptr, *rates, rate_sums, true, stream);
 }
 
-int mtml_cuda_mlp_adapt_f32(const mtml::MlpArguments<float>* arguments, int keeps, float* state, void* stream) {
-  return mtml::cuda::forward(*arguments, keeps != 0, state, stream);
+int mtml_cuda_mlp_adapt_is_gram_f64(const mtml::MlpArguments<double>* arguments) {
+  return mtml::cuda::is_gram(*arguments);
 }
-int mtml_cuda_mlp_adapt_f64(const mtml::MlpArguments<double>* arguments, int keeps, double* state, void* stream) {
-  return mtml::cuda::forward(*arguments, keeps != 0, state, stream);
+int64_t mtml_cuda_mlp_adapt_state_f64(const mtml::MlpArguments<double>* arguments, int is_gram, int keeps) {
+  return mtml::cuda::state_size(*arguments, is_gram != 0, keeps != 0);
 }
-
-int mtml_cuda_mlp_adapt_backward_f32(const mtml::MlpArguments<float>* arguments,
-                                     const mtml::cuda::MlpRateGradients<float>* rates, const float* state,
-                                     double* workspace, void* stream) {
-  return mtml::cuda::backward(*arguments, *rates, state, workspace, stream);
+int64_t mtml_cuda_mlp_adapt_workspace_f64(const mtml::MlpArguments<double>* arguments, int is_gram) {
+  return mtml::cuda::workspace_size(*arguments, is_gram != 0);
+}
+int mtml_cuda_mlp_adapt_f64(const mtml::MlpArguments<double>* arguments, const mtml::cuda::MlpGram<double>* gram,
+                            int keeps, double* state, void* stream) {
+  return mtml::cuda::forward(*arguments, gram, keeps != 0, state, stream);
 }
 int mtml_cuda_mlp_adapt_backward_f64(const mtml::MlpArguments<double>* arguments,
-                                     const mtml::cuda::MlpRateGradients<double>* rates, const double* state,
-                                     double* workspace, void* stream) {
-  return mtml::cuda::backward(*arguments, *rates, state, workspace, stream);
+                                     const mtml::cuda::MlpGram<double>* gram, const double* state, double* workspace,
+                                     void* stream) {
+  return mtml::cuda::backward(*arguments, gram, state, workspace, stream);
 }
-
-int mtml_cuda_mlp_adapt_rates_f32(const mtml::MlpArguments<float>* arguments,
-                                  const mtml::cuda::MlpRateGradients<float>* rates, const double* rate_sums,
-                                  void* stream) {
-  return mtml::cuda::rates_alone(*arguments, *rates, rate_sums, stream);
+int mtml_cuda_mlp_adapt_sums_f64(const mtml::MlpArguments<double>* arguments, const mtml::cuda::MlpGram<double>* gram,
+                                 const mtml::cuda::MlpRateGradients<double>* rates, double* workspace, void* stream) {
+  return mtml::cuda::sums(*arguments, gram, *rates, workspace, false, stream);
 }
 int mtml_cuda_mlp_adapt_rates_f64(const mtml::MlpArguments<double>* arguments,
-                                  const mtml::cuda::MlpRateGradients<double>* rates, const double* rate_sums,
-                                  void* stream) {
-  return mtml::cuda::rates_alone(*arguments, *rates, rate_sums, stream);
+                                  const mtml::cuda::MlpRateGradients<double>* rates, double* rate_sums, void* stream) {
+  return mtml::cuda::sums<double>(*arguments, nullptr, *rates, rate_sums, true, stream);
 }
 
 }  // extern "C"

@@ -23,33 +23,54 @@ struct MlpRateGradients {
   const int64_t* parameter_rows;
 };
 
+// The first layer in Gram form (docs/maths/mlp_adapt.md): what products of all tasks' rows give, and take. The weight
+// of task t after k steps is W_0 + E^T X_t; the kernels have E [N, H] alone, and the layer is no part of their vectors.
+template <class T>
+struct MlpGram {
+  const T *support_z, *query_z;              // [R, H]: X W_0^T
+  const T *gram, *cross, *cross_transposed;  // X X^T [T, N, N], Xq X^T [T, Q, N] and its transpose [T, N, Q]
+  // of the reverse: the sums of the cotangents of the layer's outputs [R, H], which the sweep writes, and what they
+  // give with their rows, [H, D]: the sums over tasks add the two up
+  T *support_u, *query_u;
+  const T *support_gradient, *query_gradient;
+};
+
 }  // namespace mtml::cuda
 
 extern "C" {
 
+// Whether the first layer of a call is to be in Gram form, 1 or 0: then the functions below get an MlpGram, else null.
+int mtml_cuda_mlp_adapt_is_gram_f32(const mtml::MlpArguments<float>* arguments);
+int mtml_cuda_mlp_adapt_is_gram_f64(const mtml::MlpArguments<double>* arguments);
+
 // The elements of what the forward sweep leaves for the reverse (keeps = 1), or needs for itself.
-int64_t mtml_cuda_mlp_adapt_state_f32(const mtml::MlpArguments<float>* arguments, int keeps);
-int64_t mtml_cuda_mlp_adapt_state_f64(const mtml::MlpArguments<double>* arguments, int keeps);
+int64_t mtml_cuda_mlp_adapt_state_f32(const mtml::MlpArguments<float>* arguments, int is_gram, int keeps);
+int64_t mtml_cuda_mlp_adapt_state_f64(const mtml::MlpArguments<double>* arguments, int is_gram, int keeps);
 // The doubles of the reverse's workspace.
-int64_t mtml_cuda_mlp_adapt_workspace_f32(const mtml::MlpArguments<float>* arguments);
-int64_t mtml_cuda_mlp_adapt_workspace_f64(const mtml::MlpArguments<double>* arguments);
+int64_t mtml_cuda_mlp_adapt_workspace_f32(const mtml::MlpArguments<float>* arguments, int is_gram);
+int64_t mtml_cuda_mlp_adapt_workspace_f64(const mtml::MlpArguments<double>* arguments, int is_gram);
 
-int mtml_cuda_mlp_adapt_f32(const mtml::MlpArguments<float>* arguments, int keeps, float* state, void* stream);
-int mtml_cuda_mlp_adapt_f64(const mtml::MlpArguments<double>* arguments, int keeps, double* state, void* stream);
+int mtml_cuda_mlp_adapt_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                            int keeps, float* state, void* stream);
+int mtml_cuda_mlp_adapt_f64(const mtml::MlpArguments<double>* arguments, const mtml::cuda::MlpGram<double>* gram,
+                            int keeps, double* state, void* stream);
 
-int mtml_cuda_mlp_adapt_backward_f32(const mtml::MlpArguments<float>* arguments,
-                                     const mtml::cuda::MlpRateGradients<float>* rates, const float* state,
-                                     double* workspace, void* stream);
+int mtml_cuda_mlp_adapt_backward_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                                     const float* state, double* workspace, void* stream);
+// What tasks add up, behind the sweep and with its workspace.
+int mtml_cuda_mlp_adapt_sums_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                                 const mtml::cuda::MlpRateGradients<float>* rates, double* workspace, void* stream);
 int mtml_cuda_mlp_adapt_backward_f64(const mtml::MlpArguments<double>* arguments,
-                                     const mtml::cuda::MlpRateGradients<double>* rates, const double* state,
-                                     double* workspace, void* stream);
+                                     const mtml::cuda::MlpGram<double>* gram, const double* state, double* workspace,
+                                     void* stream);
+// What tasks add up, behind the sweep and with its workspace.
+int mtml_cuda_mlp_adapt_sums_f64(const mtml::MlpArguments<double>* arguments, const mtml::cuda::MlpGram<double>* gram,
+                                 const mtml::cuda::MlpRateGradients<double>* rates, double* workspace, void* stream);
 
 // The gradient of a table of rates alone, from what each task adds to it: rate_sums [params, T, K]. One launch.
 int mtml_cuda_mlp_adapt_rates_f32(const mtml::MlpArguments<float>* arguments,
-                                  const mtml::cuda::MlpRateGradients<float>* rates, const double* rate_sums,
-                                  void* stream);
+                                  const mtml::cuda::MlpRateGradients<float>* rates, double* rate_sums, void* stream);
 int mtml_cuda_mlp_adapt_rates_f64(const mtml::MlpArguments<double>* arguments,
-                                  const mtml::cuda::MlpRateGradients<double>* rates, const double* rate_sums,
-                                  void* stream);
+                                  const mtml::cuda::MlpRateGradients<double>* rates, double* rate_sums, void* stream);
 
 }  // extern "C"

@@ -94,8 +94,11 @@ struct Network {
   Room<T> theta, record, evaluation, velocity;
   // of the sweep that runs: momentum or its cotangent; cotangent of theta, direction, tangents, query cotangents
   Room<T> w, u, direction, tangent, delta;
+  Room<T> moved;      // E of the first layer in Gram form
   Room<T> rate_u;     // a slot for each row of rates that are as many as elements
   double* rate_sums;  // [params, T, K]
+  bool is_gram;
+  MlpGram<T> gram;
   T* table_gradient;  // [table_rows, table_columns]: of rates that are one for each step
   int64_t table_rows, table_columns;
   Layer layers[kMaxLayers];

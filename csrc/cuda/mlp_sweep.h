@@ -65,7 +65,7 @@ class Sweep {
       direction(k);
       if (!c.first_order) {
         __syncthreads();
-        hessian();
+        hessian(k);
       }
       if (c.every_step) evaluate_backward(k);
     }
@@ -167,9 +167,13 @@ class Sweep {
     }
   }
 
+  // the first layer's weight in Gram form has no place in a vector
+  __device__ bool is_gram(int l, int kind) const { return l == 0 && kind == kWeight && c.is_gram; }
+
   // f(element of the user's array, place in a parameter vector) for this thread's elements; the same in every phase
   template <class F>
   __device__ void for_places(int l, int kind, const F& f) const {
+    if (is_gram(l, kind)) return;
     const Layer& layer = c.layers[l];
     if (kind == kWeight) {
       outer_products<T>(layer.out, layer.in, {}, {}, [&](int o, int i, T) {
@@ -183,6 +187,7 @@ class Sweep {
   // f(element, place, inner gradient), by the record of a step
   template <class F>
   __device__ void for_gradient(int l, int kind, const F& f) const {
+    if (is_gram(l, kind)) return;
     const Layer& layer = c.layers[l];
     const T* d = of_step(layer.d);
     if (kind == kWeight) {
@@ -204,6 +209,37 @@ class Sweep {
     }
   }
 
+  // ---- the first layer in Gram form
+
+  __device__ T* moved() const { return view(c.moved, 0).rows; }
+  __device__ T* support_u() const { return c.gram.support_u + first(c.support) * c.layers[0].out; }
+  __device__ T* query_u() const { return c.gram.query_u + first(c.query) * c.layers[0].out; }
+
+  // f(place in rows of the layer's outputs, place in rows without padding) for elements of this thread
+  template <class F>
+  __device__ void for_first_rows(int64_t rows, const F& f) const {
+    const Layer& layer = c.layers[0];
+    for (int64_t i = threadIdx.x; i < rows * layer.out; i += blockDim.x)
+      f(i / layer.out * layer.ld_out + i % layer.out, i);
+  }
+
+  // (X X^T) E, of the support or the query rows: what the layer's outputs have moved by
+  __device__ Factors<T> product_with_moved(bool is_query) const {
+    const Layer& layer = c.layers[0];
+    const T* rows = is_query ? c.gram.cross + t * q_ * n_ : c.gram.gram + t * n_ * n_;
+    const int terms = param(0, kWeight).moves ? static_cast<int>(n_) : 0;
+    return {rows, n_, n_ % 4 == 0, moved(), layer.ld_out, 1, terms};
+  }
+
+  // f(row, output, element) of X U^T, with U = query_u^T Xq + support_u^T X the cotangent of the weight
+  template <class F>
+  __device__ void for_features_times_cotangent(const F& f) const {
+    const Layer& layer = c.layers[0];
+    const T *cross = c.gram.cross_transposed + t * n_ * q_, *gram = c.gram.gram + t * n_ * n_;
+    products<T>(n_, layer.out, {cross, q_, q_ % 4 == 0, query_u(), layer.out, 1, static_cast<int>(q_)},
+                {gram, n_, n_ % 4 == 0, support_u(), layer.out, 1, static_cast<int>(n_)}, f);
+  }
+
   // ---- forward
 
   __device__ void start() {
@@ -216,6 +252,7 @@ class Sweep {
         if (w) w[place] = 0;
       });
     });
+    if (c.is_gram) for_first_rows(n_, [&](int64_t at, int64_t) { moved()[at] = 0; });
   }
 
   __device__ Batch support() const { return {features(c.support), n_, c.support.quads, false, record_}; }
@@ -235,9 +272,14 @@ class Sweep {
       T* h = layer.hidden ? array(batch.at, next.h, batch.rows) : nullptr;
       const bool norm = has_norm(l);
       const T* bias = layer.at[kBias] == kAbsent ? nullptr : theta + layer.at[kBias];
+      const T* z0 = !is_gram(l, kWeight) ? nullptr
+                    : batch.is_query     ? c.gram.query_z + first(c.query) * layer.out
+                                         : c.gram.support_z + first(c.support) * layer.out;
       products<T>(batch.rows, layer.out,
-                  product_with_weight(l, in, l == 0 ? layer.in : layer.ld_in, l > 0 || batch.quads), {},
-                  [&](int64_t row, int o, T value) {
+                  z0 ? product_with_moved(batch.is_query)
+                     : product_with_weight(l, in, l == 0 ? layer.in : layer.ld_in, l > 0 || batch.quads),
+                  {}, [&](int64_t row, int o, T value) {
+                    if (z0) value += z0[row * layer.out + o];
                     if (bias) value += bias[o];
                     const int64_t at = row * layer.ld_out + o;
                     if (!layer.hidden) {
@@ -340,6 +382,11 @@ class Sweep {
       });
     });
     theta_.fixed = next;
+    const Param<T>& weight = param(0, kWeight);
+    if (!c.is_gram || !weight.moves) return;
+    const T* d = of_step(c.layers[0].d);
+    const T scaled = rate(weight, k, 0);
+    for_first_rows(n_, [&](int64_t at, int64_t) { moved()[at] -= scaled * d[at]; });
   }
 
   __device__ double squares_of_gradient() {
@@ -402,6 +449,9 @@ class Sweep {
     });
     zero_features(c.support);
     zero_features(c.query);
+    if (!c.is_gram) return;
+    for_first_rows(n_, [&](int64_t, int64_t i) { support_u()[i] = 0; });
+    for_first_rows(q_, [&](int64_t, int64_t i) { query_u()[i] = 0; });
   }
   __device__ void zero_features(const Rows<T>& rows) const {
     if (!rows.x_gradient) return;
@@ -439,7 +489,7 @@ class Sweep {
       add_norm_sums(below, sums);
       __syncthreads();
     }
-    add_cotangents([&](int l) {
+    add_cotangents(true, [&](int l) {
       const Layer& layer = c.layers[l];
       const T* h = l == 0 ? features(c.query) : array(at, layer.query.h, q_);
       const T* delta = array(deltas, layer.delta, q_);
@@ -472,13 +522,19 @@ class Sweep {
     const T* by_bias;
   };
   template <class F>
-  __device__ void add_cotangents(const F& of_layer) {
+  __device__ void add_cotangents(bool is_query, const F& of_layer) {
     for (int l = 0; l < c.num_layers; ++l) {
       const Layer& layer = c.layers[l];
       const Pair pair = of_layer(l);
-      T* weight = u_ + layer.at[kWeight];
-      outer_products<T>(layer.out, layer.in, pair.first, pair.second,
-                        [&](int o, int i, T value) { weight[static_cast<int64_t>(o) * layer.ld_weight + i] += value; });
+      if (is_gram(l, kWeight)) {
+        T* to = is_query ? query_u() : support_u();
+        for_first_rows(pair.first.rows, [&](int64_t at, int64_t i) { to[i] += pair.by_bias[at]; });
+      } else {
+        T* weight = u_ + layer.at[kWeight];
+        outer_products<T>(layer.out, layer.in, pair.first, pair.second, [&](int o, int i, T value) {
+          weight[static_cast<int64_t>(o) * layer.ld_weight + i] += value;
+        });
+      }
       if (!bias_counts(l)) continue;
       for (int o = threadIdx.x; o < layer.out; o += blockDim.x)
         u_[layer.at[kBias] + o] += column_sum(pair.by_bias + o, layer.ld_out, pair.first.rows);
@@ -556,6 +612,12 @@ class Sweep {
         if (c.weight_decay != 0) u[place] += c.weight_decay * s;
         if (w) w[place] = c.momentum * s;
       };
+      if (is_gram(l, kind) && c.rate_sums_wanted) {
+        const T* d = of_step(c.layers[0].d);
+        for_features_times_cotangent([&](int64_t row, int o, T value) {
+          total -= static_cast<double>(value) * static_cast<double>(d[row * c.layers[0].ld_out + o]);
+        });
+      }
       // the gradient is computed again only where something asks for it
       if (through_norm != 0 || (by_rate && !velocity)) {
         for_gradient(l, kind, element);
@@ -577,7 +639,7 @@ class Sweep {
   }
 
   // u += the Hessian of the support loss at theta_k times the direction, by the R-operator
-  __device__ void hessian() {
+  __device__ void hessian(int64_t k) {
     const T* v = direction_;
     for (int l = 0; l <= last(); ++l) {
       const Layer& layer = c.layers[l];
@@ -599,7 +661,7 @@ class Sweep {
                  1,
                  layer.ld_weight,
                  layer.in};
-      products<T>(n_, layer.out, through, moved, [&](int64_t row, int o, T value) {
+      const auto output = [&](int64_t row, int o, T value) {
         if (bias) value += bias[o];
         const int64_t at = row * layer.ld_out + o;
         if (!layer.hidden) {
@@ -610,7 +672,14 @@ class Sweep {
           if (ry) ry[at] = value;
           next[at] = times_slope(c.activation, value, y ? y[at] : T(0), out[at]);
         }
-      });
+      };
+      if (is_gram(l, kWeight)) {
+        const Param<T>& weight = param(l, kWeight);
+        const T scaled = weight.moves ? -rate(weight, k, 0) : T(0);
+        for_features_times_cotangent([&](int64_t row, int o, T value) { output(row, o, scaled * value); });
+      } else {
+        products<T>(n_, layer.out, through, moved, output);
+      }
       __syncthreads();
       if (!norm) continue;
       T* to = ry ? ry : next;
@@ -657,7 +726,7 @@ class Sweep {
       add_norm_sums(below, sums);
       __syncthreads();
     }
-    add_cotangents([&](int l) {
+    add_cotangents(false, [&](int l) {
       const Layer& layer = c.layers[l];
       const T *rd = of_tangent(layer.rd), *d = of_step(layer.d);
       if (l == 0) return Pair{{rd, layer.ld_out, features(c.support), layer.in, n_}, {}, rd};

@@ -70,6 +70,20 @@ sys.exit(failed)
     assert int(done.stdout.rsplit("launches ", 1)[1]) > 100
 
 
+def test_battery_of_mlp_adapt_in_gram_form(skins):
+    """Values and derivatives; bits are those of torch's products, which know how many rows there are."""
+    code = """
+import pytest
+skin.cuda_skin_always_gram()
+failed = pytest.main(
+    ["-x", "-p", "no:cacheprovider", "-k", "battery and (values or gradcheck)", "tests/ops/test_mlp_adapt.py"]
+)
+sys.exit(failed)
+"""
+    done = python(skins["mlp_adapt"], code)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
 def test_launches_of_a_step(skins):
     """One launch for a whole tree, two with clipping; the reverse as many, and one for each kind of shared rate."""
     code = """

@@ -36,6 +36,8 @@ int64_t cuda_skin_launches() {
   current.launches.clear();
   return count;
 }
+// the first layer of every mlp_adapt that can be is in Gram form
+void cuda_skin_always_gram() { shim::gram_weights = -1; }
 void cuda_skin_refuse_next() { shim::launches_until_error = 0; }
 }
 

@@ -41,6 +41,8 @@ struct Kernels<float> {
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f32;
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f32;
 };
 template <>
 struct Kernels<double> {
@@ -48,6 +50,8 @@ struct Kernels<double> {
   static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
   static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
   static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f64;
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f64;
 };
 
 // A problem as a GPU gets it: without the host's knowledge of offsets, and with rates' gradients as one table.
@@ -105,14 +109,71 @@ struct Call : Problem<T> {
     const T nothing = std::numeric_limits<T>::quiet_NaN();
     for (auto* results : {&this->outputs, &this->losses, &this->fast, &table_gradient})
       std::fill(results->begin(), results->end(), nothing);
-    std::vector<T> state(Kernels<T>::state(&a, keeps), nothing);
-    expect(Kernels<T>::forward(&a, keeps, state.data(), stream) == cudaSuccess, "forward");
+    const bool is_gram = Kernels<T>::is_gram(&a);
+    Products products(*this, is_gram);
+    const cuda::MlpGram<T>* gram = is_gram ? &products.gram : nullptr;
+    std::vector<T> state(Kernels<T>::state(&a, is_gram, keeps), nothing);
+    expect(Kernels<T>::forward(&a, gram, keeps, state.data(), stream) == cudaSuccess, "forward");
     if (!keeps) return;
     const cuda::MlpRateGradients<T> rates{table_gradient.empty() ? nullptr : table_gradient.data(),
                                           std::max<int64_t>(1, a.options.steps), a.num_params, parameter_rows.data()};
-    std::vector<double> workspace(Kernels<T>::workspace(&a), nothing);
-    expect(Kernels<T>::backward(&a, &rates, state.data(), workspace.data(), stream) == cudaSuccess, "backward");
+    std::vector<double> room(Kernels<T>::workspace(&a, is_gram), nothing);
+    expect(Kernels<T>::backward(&a, gram, state.data(), room.data(), stream) == cudaSuccess, "backward");
+    if (is_gram) products.finish(*this);
+    expect(Kernels<T>::sums(&a, gram, &rates, room.data(), stream) == cudaSuccess, "sums");
   }
+
+  // What a first layer in Gram form is given: products over all tasks' rows.
+  struct Products {
+    cuda::MlpGram<T> gram{};
+    std::vector<T> support_z, query_z, xx, qx, xq, support_u, query_u, support_gradient, query_gradient;
+
+    Products(const Call& call, bool is_gram) {
+      if (!is_gram) return;
+      const MlpArguments<T>& a = call.a;
+      const int64_t D = call.widths[0], H = call.widths[1], N = a.support.max_rows, Q = a.query.max_rows;
+      const T *x = a.support.x, *xq = a.query.x, *weight = a.params[0].start;
+      // a [rows, D] times b [columns, D]
+      const auto dots = [&](std::vector<T>& to, const T* a, int64_t rows, const T* b, int64_t columns) {
+        for (int64_t i = 0; i < rows; ++i) {
+          for (int64_t j = 0; j < columns; ++j) {
+            double sum = 0;
+            for (int64_t d = 0; d < D; ++d) sum += double(a[i * D + d]) * b[j * D + d];
+            to.push_back(static_cast<T>(sum));
+          }
+        }
+      };
+      dots(support_z, x, a.support.all_rows, weight, H);
+      dots(query_z, xq, a.query.all_rows, weight, H);
+      for (int64_t t = 0; t < a.options.tasks; ++t) {
+        dots(xx, x + t * N * D, N, x + t * N * D, N);
+        dots(qx, xq + t * Q * D, Q, x + t * N * D, N);
+        dots(this->xq, x + t * N * D, N, xq + t * Q * D, Q);
+      }
+      support_u.resize(support_z.size());
+      query_u.resize(query_z.size());
+      support_gradient.resize(H * D);
+      query_gradient.resize(H * D);
+      gram = {support_z.data(), query_z.data(),          xx.data(),
+              qx.data(),        this->xq.data(),         support_u.data(),
+              query_u.data(),   support_gradient.data(), query_gradient.data()};
+    }
+
+    void finish(const Call& call) {
+      const int64_t D = call.widths[0], H = call.widths[1];
+      const auto outer = [&](std::vector<T>& to, const std::vector<T>& u, const T* x, int64_t rows) {
+        for (int64_t o = 0; o < H; ++o) {
+          for (int64_t d = 0; d < D; ++d) {
+            double sum = 0;
+            for (int64_t row = 0; row < rows; ++row) sum += double(u[row * H + o]) * x[row * D + d];
+            to[o * D + d] = static_cast<T>(sum);
+          }
+        }
+      };
+      outer(support_gradient, support_u, call.a.support.x, call.a.support.all_rows);
+      outer(query_gradient, query_u, call.a.query.x, call.a.query.all_rows);
+    }
+  };
 
   std::vector<T> results() const {
     std::vector<T> all = Problem<T>::results();
@@ -218,6 +279,30 @@ void check_alone(Call<T>& p, int64_t t) {
          "alone: feature gradients");
 }
 
+// the first layer in Gram form against the dense one, in float64
+void check_gram(Random& r, uint64_t seed) {
+  Random same{std::mt19937_64(seed)};
+  Call<double> p(same);
+  MlpArguments<double>& a = p.a;
+  a.options.momentum = a.options.weight_decay = 0;
+  a.options.clip = std::numeric_limits<double>::infinity();
+  a.wants_fast = a.wants_support_x = a.wants_query_x = false;
+  a.support.x_gradient = a.query.x_gradient = nullptr;
+  a.fast = nullptr;
+  a.d_fast = nullptr;
+  shim::Stream stream;
+  shim::max_blocks = shim::max_shared = 2147483647;
+  p.run(&stream);
+  const std::vector<double> dense = p.results();
+  shim::gram_weights = -1;
+  shim::max_shared = r.chance(0.5) ? 2147483647 : r.integer(1024, 60000);
+  if (mtml_cuda_mlp_adapt_is_gram_f64(&a)) {
+    p.run(&stream);
+    expect(close(p.results(), dense, 1e-9), "Gram form");
+  }
+  shim::gram_weights = 8192;
+}
+
 // float32 against float64, of the same numbers
 void check_precision(uint64_t seed) {
   Random one{std::mt19937_64(seed)}, two{std::mt19937_64(seed)};
@@ -278,17 +363,19 @@ void check_errors() {
   now = "refused launches";
   Random r{std::mt19937_64(1)};
   Call<float> p(r);
-  std::vector<float> state(mtml_cuda_mlp_adapt_state_f32(&p.a, 1));
-  std::vector<double> workspace(mtml_cuda_mlp_adapt_workspace_f32(&p.a));
-  shim::Stream stream;
-  shim::launches_until_error = 0;
-  expect(mtml_cuda_mlp_adapt_f32(&p.a, 1, state.data(), &stream) == cudaErrorInvalidConfiguration, "forward");
+  std::vector<float> state(mtml_cuda_mlp_adapt_state_f32(&p.a, 0, 1));
+  std::vector<double> room(mtml_cuda_mlp_adapt_workspace_f32(&p.a, 0));
   const cuda::MlpRateGradients<float> rates{nullptr, 0, 0, p.parameter_rows.data()};
-  for (int refused = 0; refused < 2; ++refused) {
-    shim::launches_until_error = refused;
-    mtml_cuda_mlp_adapt_backward_f32(&p.a, &rates, state.data(), workspace.data(), &stream);
-    expect(static_cast<int>(stream.launches.size()) == refused, "launches before the error");
-  }
+  shim::Stream stream;
+  const auto refused = [&](int error, const char* what) {
+    expect(error == cudaErrorInvalidConfiguration && stream.launches.empty(), what);
+    shim::launches_until_error = 0;
+  };
+  shim::launches_until_error = 0;
+  refused(mtml_cuda_mlp_adapt_f32(&p.a, nullptr, 1, state.data(), &stream), "forward");
+  refused(mtml_cuda_mlp_adapt_backward_f32(&p.a, nullptr, state.data(), room.data(), &stream), "backward");
+  p.parameters[0].gradient = p.gradients[0].data();
+  refused(mtml_cuda_mlp_adapt_sums_f32(&p.a, nullptr, &rates, room.data(), &stream), "sums");
   expect(cudaGetLastError() == cudaSuccess, "an error left behind");
   shim::launches_until_error = -1;
 }
@@ -309,6 +396,7 @@ int main(int count, char** arguments) {
     const bool everything = i < 2;
     i % 2 ? check<double>(r, seed + i, everything) : check<float>(r, seed + i, everything);
     i % 2 ? check_gradient(r, seed + i) : check_precision(seed + i);
+    check_gram(r, seed + i);
   }
   for (const std::string& barrier : shim::barriers)
     if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());

@@ -65,6 +65,7 @@ enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 #define MTML_MLP_THREADS 96
 #define MTML_MAX_BLOCKS shim::max_blocks
 #define MTML_MAX_SHARED shim::max_shared
+#define MTML_GRAM_WEIGHTS shim::gram_weights
 
 namespace shim {
 
@@ -78,7 +79,7 @@ struct Stream {
 };
 
 // what a test may set
-inline int64_t max_blocks = 2147483647, max_shared = 2147483647;
+inline int64_t max_blocks = 2147483647, max_shared = 2147483647, gram_weights = 8192;
 inline int64_t launches_until_error = -1;
 inline std::mt19937_64 order;
 // the barrier to leave out, as "file:line", and those that were reached
