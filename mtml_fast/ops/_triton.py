@@ -1,8 +1,8 @@
 """Triton kernels as the implementations of operators on CUDA devices.
 
-A file `ops/<op>/triton.py` has two functions, `<op>` and `<op>_backward`, with the arguments of the operators of these
-names. They are registered where torch has CUDA and Triton is installed; file and Triton are imported at the first call
-on a device. Elsewhere the reference serves.
+A file `ops/<op>/triton.py` has the functions `<op>`, `<op>_backward` and, where it is an operator, perhaps
+`<op>_double_backward`, with the arguments of the operators of these names. They are registered where torch has CUDA and
+Triton is installed; file and Triton are imported at the first call on a device. Elsewhere the reference serves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def register(name: str, library: torch.library.Library, *, override: bool = Fals
         return False
     if not override and has_kernel(f"mtml_fast::{name}", "cuda"):
         return False
-    for target in (name, f"{name}_backward"):
+    for target in targets(name):
         if override:
             replace(library, target, implementation(name, target))
         else:
@@ -47,6 +47,13 @@ def replace(library: torch.library.Library, name: str, kernel: Callable) -> None
 def has_file(name: str) -> bool:
     """Whether there are Triton kernels for operator `name`."""
     return (Path(__file__).parent / name / "triton.py").is_file()
+
+
+def targets(name: str) -> list[str]:
+    """The operators that the file of operator `name` has kernels for."""
+    # read and not imported: Triton is slow to load
+    text = (Path(__file__).parent / name / "triton.py").read_text()
+    return [target for target in (name, f"{name}_backward", f"{name}_double_backward") if f"\ndef {target}(" in text]
 
 
 def missing() -> str | None:

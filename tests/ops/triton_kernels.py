@@ -27,6 +27,8 @@ ARCHITECTURES = (80, 90)
 # several programs are to fit a processor, which has 164 KB on sm_80
 MOST_SHARED = 48 << 10
 
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.uint8: "*u8"}
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -81,9 +83,11 @@ def noted() -> Iterator[list[Launch]]:
 
 
 def all_launches() -> dict[str, Launch]:
-    """Each kernel in each of its variants: element types and sizes of tiles."""
+    """Each kernel in each of its variants: element types, sizes of tiles, and what takes most registers of the rest."""
     from mtml_fast.ops.gradient_combine import triton as combine
     from mtml_fast.ops.gradient_gram import triton as gram
+    from mtml_fast.ops.heads import triton as heads
+    from mtml_fast.ops.heads_loss import triton as heads_loss
 
     with noted() as launches:
         for dtype in (torch.float32, torch.float64):
@@ -95,7 +99,46 @@ def all_launches() -> dict[str, Launch]:
                 gram.gradient_gram_backward([torch.ones(tasks, tasks, dtype=torch.float64)], leaves, [True])
                 combine.gradient_combine(leaves, weights)
                 combine.gradient_combine_backward(cotangents, leaves, weights, [True, True])
+            for call in heads_calls(dtype):
+                inputs = [t for t in (call[0], *call[2:4], *call[5:7]) if t is not None]
+                outputs = (5 * 20,) if call[4] is None else (3 * 2 + 2 * 4,)
+                q = torch.ones(outputs, dtype=dtype)
+                needs = [True] * len(inputs)
+                heads.heads(*call)
+                heads.heads_backward([q], *call, needs)
+                heads.heads_double_backward(inputs, [q], *call, needs, [True, *needs])
+                for options in loss_options(call):
+                    heads_loss.heads_loss(*options)
+                    heads_loss.heads_loss_backward([torch.ones(2, dtype=dtype)], *options, needs)
     return {str(launch): launch for launch in launches}
+
+
+def sampled(sm: int) -> dict[str, Launch]:
+    """Of a kernel's variants for one type of elements all, if they are few, else one, another for each architecture."""
+    kinds: dict[tuple, list[tuple[str, Launch]]] = {}
+    for name, launch in all_launches().items():
+        kinds.setdefault((launch.kernel.fn, launch.types.split()[0]), []).append((name, launch))
+    place = -ARCHITECTURES.index(sm)
+    return dict(variant for kind in kinds.values() for variant in (kind if len(kind) <= 4 else [kind[place]]))
+
+
+def heads_calls(dtype: torch.dtype) -> Iterator[list]:
+    """Arguments of heads: ragged and narrow, equally wide behind a hidden layer; with aligned rows and without."""
+    rows, ones = torch.tensor([0, 3, 5]), lambda *shape: torch.ones(shape, dtype=dtype)
+    for features, hidden in ((7, 9), (16, 32)):
+        yield [ones(5, features), rows, ones(6, features), ones(6), torch.tensor([0, 2, 6]), None, None, "relu"]
+        layer = ones(2, hidden, features), ones(2, hidden), "tanh"
+        yield [ones(5, features), rows, ones(40, hidden), ones(40), None, *layer]
+
+
+def loss_options(call: list) -> Iterator[list]:
+    """Arguments of heads_loss for a call of heads: one loss and no option, all options with a mask of either kind."""
+    x, *of_head, activation = call
+    labels, targets = torch.zeros(5, dtype=torch.int64), x.new_ones(5 * 20 if call[4] is None else 3 * 2 + 2 * 4)
+    yield [x, labels, None, *of_head, None, None, activation, [0], 0.0, -100, 1.0]
+    for mask in (labels == 0, targets == 1):
+        weights = torch.ones_like(call[2][:, 0])
+        yield [x, labels, targets, *of_head, weights, mask, activation, [0, 3], 0.1, -100, 1.0]
 
 
 def compiled(launch: Launch, sm: int) -> Compiled:
@@ -109,6 +152,7 @@ def compiled(launch: Launch, sm: int) -> Compiled:
         fn=launch.kernel,
         signature={**types, **dict.fromkeys(launch.constants, "constexpr")},
         constexprs={name: launch.arguments[name] for name in launch.constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i, v in enumerate(launch.arguments.values()) if is_aligned(v)},
     )
     result = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -120,10 +164,15 @@ def compiled(launch: Launch, sm: int) -> Compiled:
     return Compiled(registers, stack, result.metadata.shared, result.asm["ptx"])
 
 
+def is_aligned(value) -> bool:
+    """Whether Triton compiles a launch for a tensor at an address like this one."""
+    return isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+
+
 def type_of(value) -> str | tuple:
     """The type of an argument in Triton's words."""
     if isinstance(value, torch.Tensor):
-        return {torch.float32: "*fp32", torch.float64: "*fp64"}[value.dtype]
+        return POINTERS[value.dtype]
     if isinstance(value, tuple):
         return tuple(map(type_of, value))
     return "i32" if isinstance(value, int) and value < 2**31 else "i64"

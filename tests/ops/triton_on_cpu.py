@@ -21,7 +21,7 @@ def pytest_configure(config):
         # that a kernel is replaced is what is wanted
         warnings.simplefilter("ignore", UserWarning)
         for name in filter(_triton.has_file, OPERATORS):
-            for target in (name, f"{name}_backward"):
+            for target in _triton.targets(name):
                 LIB.impl(target, _counted(name, target), "CPU", allow_override=True)
 
 

@@ -1,0 +1,420 @@
+"""Linear layers of tasks over their packed rows: y = x W^T + b, dx = d W, dW = d^T x, each task with its own W.
+
+Offsets stay on the device, so grids are a matter of sizes alone. Rows are cut into tiles: that of task t and tile i has
+the slot `offsets[t] // ROWS + t + i`, of which there are R // ROWS + T for any offsets, and a search finds a slot's
+task. Sums over rows are taken by parts of a task, a matter of its own rows alone, and added in their order: so are the
+bits. Sums of float32 numbers are float32, added in float64 where parts meet.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# rows of a tile
+ROWS: tl.constexpr = tl.constexpr(64)
+# the parts of a task's rows whose sums are kept are no more than this
+PARTS: tl.constexpr = tl.constexpr(16)
+# columns of a tile of dx and dW, elements of a program that adds parts
+COLUMNS, ELEMENTS = 32, 1024
+
+
+class Rows(NamedTuple):
+    """Rows packed by task."""
+
+    offsets: Tensor  # [T + 1]
+    tasks: int  # T
+    count: int  # R
+
+    @property
+    def slots(self) -> int:
+        """Of tiles, some of them without rows."""
+        return self.count // ROWS.value + self.tasks if self.count else 0
+
+    @property
+    def parts(self) -> int:
+        """The most that a task can have."""
+        return min(PARTS.value, triton.cdiv(self.count, ROWS.value))
+
+
+class Outputs(NamedTuple):
+    """The outputs of all tasks: those of a task are rows of the packed weights, and [R_t, C_t] of packed outputs."""
+
+    # equally many for all tasks; -1: task t has the rows offsets[t]:offsets[t + 1], its outputs begin at starts[t]
+    width: int
+    offsets: Tensor
+    starts: Tensor
+    total: int  # sum of C_t
+    mean: int  # of a task, at least 1: how many programs share the outputs
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor, int]:
+        """What the kernels take."""
+        return self.offsets, self.starts, self.width
+
+    @property
+    def tile(self) -> int:
+        """Outputs of a tile: of ragged widths few, as most heads are narrow and the tile must not depend on others."""
+        return 16 if self.width <= 16 else 32
+
+
+def outputs_of(rows: Rows, weight: Tensor, out_offsets: Tensor | None, packed: bool = True) -> Outputs:
+    """The outputs of the last layer; `packed`: whether somebody reads or writes them packed."""
+    if out_offsets is None:
+        return equal_outputs(rows, weight.shape[0] // max(rows.tasks, 1))
+    out_offsets = out_offsets.contiguous()
+    starts = torch.empty_like(rows.offsets) if packed else rows.offsets
+    if packed:
+        _starts[(1,)](rows.offsets, out_offsets, starts, rows.tasks, TASKS=256, enable_fp_fusion=True)
+    total = weight.shape[0]
+    return Outputs(-1, out_offsets, starts, total, max(1, triton.cdiv(total, max(rows.tasks, 1))))
+
+
+def equal_outputs(rows: Rows, width: int) -> Outputs:
+    """Equally many of all tasks."""
+    return Outputs(width, rows.offsets, rows.offsets, rows.tasks * width, max(1, width))
+
+
+def forward(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], bias: Tensor | None, y: Tensor) -> Tensor:
+    """y, packed, = b + the sum of x W^T over no more than two pairs (x [R, I], W [sum of C_t, I])."""
+    if not pairs and bias is None:
+        return y.zero_()
+    # no terms where there are no pairs
+    features = pairs[0][0].shape[1] if pairs else 0
+    (x, weight), (x2, weight2) = (pairs[0], pairs[-1]) if pairs else ((y, y), (y, y))
+    several = triton.cdiv(outputs.mean, outputs.tile)
+    if y.numel():
+        _forward[rows.slots, several](
+            x, weight, x2, weight2, y if bias is None else bias, rows.offsets, *outputs.table, y, rows.tasks, features,
+            PAIRS=max(len(pairs), 1), BIAS=bias is not None, COLUMNS=outputs.tile,
+            **options(features, large=outputs.tile > 16),
+        )  # fmt: skip
+    return y
+
+
+def backward(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], x: Tensor) -> Tensor:
+    """dx [R, I], like x, = the sum of d W over no more than two pairs (d, packed, and W [sum of C_t, I])."""
+    if not pairs:
+        return torch.zeros_like(x)
+    (d, weight), (d2, weight2) = pairs[0], pairs[-1]
+    dx, features = torch.empty_like(x), x.shape[1]
+    if dx.numel():
+        _backward[rows.slots, triton.cdiv(features, COLUMNS)](
+            d, weight, d2, weight2, rows.offsets, *outputs.table, dx, rows.tasks, features,
+            PAIRS=len(pairs), COLUMNS=COLUMNS, **options(features),
+        )  # fmt: skip
+    return dx
+
+
+def gradients(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], needs: tuple[bool, bool]) -> tuple:
+    """dW [sum of C_t, I] = the sum of d^T x over one or two pairs (d, packed, x [R, I]); 1^T d of the first pair."""
+    (d, x), (d2, x2) = pairs[0], pairs[-1]
+    sums, features = Sums(rows, outputs, x, needs), x.shape[1]
+    if any(needs) and rows.count and outputs.total:
+        # without dW a tile reads all that db needs
+        blocks = max(1, triton.cdiv(features, COLUMNS)) if needs[0] else 1
+        _gradients[rows.tasks * rows.parts, blocks, triton.cdiv(outputs.mean, outputs.tile)](
+            d, x, d2, x2, rows.offsets, *outputs.table, *sums.partial, sums.total, rows.parts, features,
+            PAIRS=len(pairs), WEIGHT=needs[0], BIAS=needs[1], OUTPUTS=outputs.tile, COLUMNS=COLUMNS,
+            **options(features, large=outputs.tile > 16),
+        )  # fmt: skip
+    return sums.added()
+
+
+class Sums:
+    """The gradients of weights [sum of C_t, I] and biases [sum of C_t]: first sums of parts, then these added."""
+
+    def __init__(self, rows: Rows, outputs: Outputs, like: Tensor, needs: tuple[bool, bool]):
+        self.rows, self.outputs, self.features, self.needs = rows, outputs, like.shape[1], needs
+        sizes = (outputs.total, self.features), (outputs.total,)
+        # by parts, or of equal widths by tiles where these are fewer, as in a batch of many tasks with few rows each
+        by_tiles = outputs.width >= 0 and rows.slots < rows.parts * rows.tasks
+        self.total = -1 if by_tiles else outputs.total
+        length = rows.slots * outputs.width if by_tiles else rows.parts * outputs.total
+        # of what is not needed, something that is not written
+        self.partial = [like.new_empty(length, *size[1:]) if n else like for size, n in zip(sizes, needs, strict=True)]
+        self.to = [like.new_empty(size) if n else like for size, n in zip(sizes, needs, strict=True)]
+
+    def added(self) -> list[Tensor | None]:
+        if any(self.needs) and self.outputs.total:
+            blocks = triton.cdiv(self.outputs.mean * max(self.features, 1), ELEMENTS)
+            _add_parts[self.rows.tasks, blocks](
+                *self.partial, *self.to, self.rows.offsets, *self.outputs.table, self.total, self.features,
+                WEIGHT=self.needs[0], BIAS=self.needs[1], COLUMNS=ELEMENTS, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        return [to if needed else None for to, needed in zip(self.to, self.needs, strict=True)]
+
+
+def options(features: int, large: bool = False) -> dict:
+    """Whether rows begin where a load may take several numbers at once; more threads for more registers."""
+    aligned = features % 16 == 0
+    warps = 8 if large or not aligned else 4
+    # left to itself the assembler spills rather than take more than 128 registers for 8 warps
+    return dict(DEPTH=16, ALIGNED=aligned, num_warps=warps, num_stages=3, maxnreg=255, enable_fp_fusion=True)
+
+
+@triton.jit
+def find_tile(offsets, tasks, slot):
+    """Of a slot: its task, where the task's rows begin, the tile's first row, and where the task's rows end."""
+    low = tl.zeros((), tl.int64)
+    high = low + tasks
+    while high - low > 1:
+        middle = (low + high) // 2
+        behind = tl.load(offsets + middle) // ROWS + middle <= slot
+        low = tl.where(behind, middle, low)
+        high = tl.where(behind, high, middle)
+    begin = tl.load(offsets + low)
+    return low, begin, begin + (slot - begin // ROWS - low) * ROWS, tl.load(offsets + low + 1)
+
+
+@triton.jit
+def find_part(offsets, task, part):
+    """Of a part of a task: where the task's rows begin, and its rows first:end."""
+    begin, last = tl.load(offsets + task), tl.load(offsets + task + 1)
+    size = rows_of_part(last - begin)
+    first = begin + part * size
+    return begin, first, tl.minimum(first + size, last)
+
+
+@triton.jit
+def rows_of_part(rows):
+    """How many a part has of a task's rows: whole tiles."""
+    return (rows + ROWS * PARTS - 1) // (ROWS * PARTS) * ROWS
+
+
+@triton.jit
+def place_of_sums(total, task, begin, part, row, first, wide):
+    """Where the sums of a part are that begins with a row: their first row; of a negative total, by tiles."""
+    place = part * total + first
+    if total < 0:
+        place = (begin // ROWS + task + (row - begin) // ROWS) * wide
+    return place
+
+
+@triton.jit
+def find_outputs(out_offsets, starts, width, task, begin):
+    """Of a task whose rows begin there: its first row of the weights, its outputs, where they begin packed."""
+    wide = tl.zeros((), tl.int64) + width
+    first, start = task * wide, begin * wide
+    if width < 0:
+        first = tl.load(out_offsets + task)
+        wide = tl.load(out_offsets + task + 1) - first
+        start = tl.load(starts + task)
+    return first, wide, start
+
+
+@triton.jit
+def product(x, x_there, w, w_there, terms, sums, DEPTH: tl.constexpr):
+    """sums [M, N] + x w^T, for pointers to the first of so many terms of rows x [M, 1] and w [1, N]."""
+    lanes = tl.arange(0, DEPTH)
+    for term in range(0, terms, DEPTH):
+        there = term + lanes < terms
+        left = tl.load(x + (term + lanes)[None, :], mask=x_there & there[None, :], other=0.0)
+        right = tl.load(w + (term + lanes)[:, None], mask=w_there & there[:, None], other=0.0)
+        sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+    return sums
+
+
+# One program: a tile of rows of y, by tiles of outputs.
+@triton.jit(do_not_specialize=["width", "tasks", "features"])
+def _forward(
+    x,
+    weight,
+    x2,
+    weight2,
+    bias,
+    offsets,
+    out_offsets,
+    starts,
+    width,
+    y,
+    tasks,
+    features,
+    PAIRS: tl.constexpr,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if ALIGNED:
+        features = features // 16 * 16
+    task, begin, row, end = find_tile(offsets, tasks, tl.program_id(0))
+    if row >= end:
+        return
+    first, wide, start = find_outputs(out_offsets, starts, width, task, begin)
+    rows = (row + tl.arange(0, ROWS))[:, None]
+    for column in range(tl.program_id(1) * COLUMNS, wide, tl.num_programs(1) * COLUMNS):
+        columns = (column + tl.arange(0, COLUMNS))[None, :]
+        at = (first + columns) * features
+        there = columns < wide
+        sums = tl.zeros((ROWS, COLUMNS), y.dtype.element_ty)
+        sums = product(x + rows * features, rows < end, weight + at, there, features, sums, DEPTH)
+        if PAIRS == 2:
+            sums = product(x2 + rows * features, rows < end, weight2 + at, there, features, sums, DEPTH)
+        if BIAS:
+            sums += tl.load(bias + first + columns, mask=there, other=0.0)
+        tl.store(y + start + (rows - begin) * wide + columns, sums, mask=(rows < end) & there)
+
+
+# One program: a tile of rows and columns of dx.
+@triton.jit(do_not_specialize=["width", "tasks", "features"])
+def _backward(
+    d,
+    weight,
+    d2,
+    weight2,
+    offsets,
+    out_offsets,
+    starts,
+    width,
+    dx,
+    tasks,
+    features,
+    PAIRS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if ALIGNED:
+        features = features // 16 * 16
+    task, begin, row, end = find_tile(offsets, tasks, tl.program_id(0))
+    if row >= end:
+        return
+    first, wide, start = find_outputs(out_offsets, starts, width, task, begin)
+    rows = (row + tl.arange(0, ROWS))[:, None]
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    there = columns < features
+    sums = tl.zeros((ROWS, COLUMNS), dx.dtype.element_ty)
+    for i in tl.static_range(PAIRS):
+        outputs = (d if i == 0 else d2) + start + (rows - begin) * wide
+        rows_of_weight = (weight if i == 0 else weight2) + first * features + columns
+        for output in range(0, wide, DEPTH):
+            lanes = output + tl.arange(0, DEPTH)
+            across, down = lanes[None, :], lanes[:, None]
+            left = tl.load(outputs + across, mask=(rows < end) & (across < wide), other=0.0)
+            right = tl.load(rows_of_weight + down * features, mask=(down < wide) & there, other=0.0)
+            sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+    tl.store(dx + rows * features + columns, sums, mask=(rows < end) & there)
+
+
+# One program: the sums over a part of a task's rows, for a tile of columns, by tiles of outputs.
+@triton.jit(do_not_specialize=["width", "total", "parts", "features"])
+def _gradients(
+    d,
+    x,
+    d2,
+    x2,
+    offsets,
+    out_offsets,
+    starts,
+    width,
+    weights,  # [parts or tiles, outputs, I]
+    biases,  # [parts or tiles, outputs]
+    total,
+    parts,
+    features,
+    PAIRS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    if ALIGNED:
+        features = features // 16 * 16
+    task, part = tl.program_id(0).to(tl.int64) // parts, tl.program_id(0).to(tl.int64) % parts
+    begin, row, end = find_part(offsets, task, part)
+    if row >= end:
+        return
+    first, wide, start = find_outputs(out_offsets, starts, width, task, begin)
+    to = place_of_sums(total, task, begin, part, row, first, wide)
+    columns = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    there = columns < features
+    for output in range(tl.program_id(2) * OUTPUTS, wide, tl.num_programs(2) * OUTPUTS):
+        outputs = (output + tl.arange(0, OUTPUTS))[:, None]
+        sums = tl.zeros((OUTPUTS, COLUMNS), weights.dtype.element_ty)
+        columns_of_d = tl.zeros((OUTPUTS,), weights.dtype.element_ty)
+        for i in tl.static_range(PAIRS):
+            of_outputs = (d if i == 0 else d2) + start + outputs
+            for term in range(row, end, DEPTH):
+                across, down = (term + tl.arange(0, DEPTH))[None, :], (term + tl.arange(0, DEPTH))[:, None]
+                mask = (across < end) & (outputs < wide)
+                left = tl.load(of_outputs + (across - begin) * wide, mask=mask, other=0.0)
+                if WEIGHT:
+                    right = tl.load(
+                        (x if i == 0 else x2) + down * features + columns, mask=(down < end) & there, other=0.0
+                    )
+                    sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+                if BIAS and i == 0:
+                    columns_of_d += tl.sum(left, axis=1)
+        if WEIGHT:
+            tl.store(weights + (to + outputs) * features + columns, sums, mask=(outputs < wide) & there)
+        if BIAS:
+            # by one program of those that share the rows
+            lanes = output + tl.arange(0, OUTPUTS)
+            tl.store(biases + to + lanes, columns_of_d, mask=lanes < tl.where(tl.program_id(1) == 0, wide, 0))
+
+
+# One program: some elements of a task's gradients, the sums of its parts added.
+@triton.jit(do_not_specialize=["width", "total", "features"])
+def _add_parts(
+    weights,  # [parts or tiles, outputs, I]
+    biases,  # [parts or tiles, outputs]
+    weight,
+    bias,
+    offsets,
+    out_offsets,
+    starts,
+    width,
+    total,
+    features,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    task = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + task)
+    rows = tl.load(offsets + task + 1) - begin
+    size = tl.maximum(rows_of_part(rows), 1)
+    parts = (rows + size - 1) // size
+    first, wide, _ = find_outputs(out_offsets, starts, width, task, begin)
+    at = place_of_sums(total, task, begin, 0, begin, first, wide)
+    # from one part to the next
+    step = place_of_sums(total, task, begin, 1, begin + size, first, wide) - at
+    if WEIGHT:
+        add_parts(
+            weights + at * features, weight + first * features, wide * features, step * features, parts, COLUMNS
+        )  # fmt: skip
+    if BIAS:
+        add_parts(biases + at, bias + first, wide, step, parts, COLUMNS)
+
+
+@triton.jit
+def add_parts(partial, to, count, step, parts, COLUMNS: tl.constexpr):
+    for column in range(tl.program_id(1) * COLUMNS, count, tl.num_programs(1) * COLUMNS):
+        columns = column + tl.arange(0, COLUMNS)
+        sums = tl.zeros((COLUMNS,), tl.float64)
+        at = partial + columns
+        for _ in range(0, parts):
+            sums += tl.load(at, mask=columns < count, other=0.0).to(tl.float64)
+            at += step
+        tl.store(to + columns, sums, mask=columns < count)
+
+
+# One program: where the packed outputs of each task begin.
+@triton.jit(do_not_specialize=["tasks"])
+def _starts(offsets, out_offsets, starts, tasks, TASKS: tl.constexpr):
+    start = tl.zeros((), tl.int64)
+    tl.store(starts, start)
+    for task in range(0, tasks, TASKS):
+        lanes = task + tl.arange(0, TASKS)
+        there = lanes < tasks
+        rows = tl.load(offsets + lanes + 1, mask=there, other=0) - tl.load(offsets + lanes, mask=there, other=0)
+        first = tl.load(out_offsets + lanes, mask=there, other=0)
+        sizes = rows * (tl.load(out_offsets + lanes + 1, mask=there, other=0) - first)
+        tl.store(starts + lanes + 1, start + tl.cumsum(sizes, axis=0), mask=there)
+        start += tl.sum(sizes)

@@ -1,0 +1,1 @@
+"""The heads of all tasks, as the Triton kernels of heads and heads_loss take them."""
