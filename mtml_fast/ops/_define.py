@@ -84,7 +84,7 @@ class Operator:
         self.refused = why
         self.triton = _triton.register(self.name, LIB, override=True)
         for name, kernel in self.kernels.items():
-            taken = self.triton and name in (self.name, f"{self.name}_backward")
+            taken = self.triton and name in _triton.targets(self.name)
             if not taken and has_kernel(f"mtml_fast::{name}", "cuda"):
                 _triton.replace(LIB, name, kernel)
         # what was known of other devices is over
