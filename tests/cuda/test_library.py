@@ -60,7 +60,7 @@ def library(tmp_path_factory):
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     subprocess.run([*compiler, *stub], input=code, text=True, check=True)
     ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-    built = subprocess.run([ninja, "-C", str(folder), "-j1"], capture_output=True, text=True)
+    built = subprocess.run([ninja, "-C", str(folder), "-j2"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout
     return folder / "mtml_fast._C_cuda.so"
 
