@@ -189,7 +189,9 @@ Tensors give_cotangents(MlpSetup<T>& setup, const Call& call, const Tensors& gra
   return copies;
 }
 
-inline std::vector<bool> no_needs(const Call& call) { return std::vector<bool>(call.params.size() + call.lr.size() + 2); }
+inline std::vector<bool> no_needs(const Call& call) {
+  return std::vector<bool>(call.params.size() + call.lr.size() + 2);
+}
 
 }  // namespace
 }  // namespace mtml
