@@ -101,3 +101,12 @@ def test_many_columns(dtype):
         # no term goes through more than 350 additions: 256 in a block of 512, 64 blocks of a piece, lanes and pieces
         bound = 350 * 2**-53 * float(terms.abs().sum())
         assert abs(float(grams[0][i, j]) - math.fsum(terms.tolist())) <= bound
+
+
+def test_the_first_call_of_all_may_be_compiled(monkeypatch):
+    """Nobody has asked yet who serves the operator, and a compiler cannot."""
+    monkeypatch.setattr(OPERATORS["gradient_gram"], "_known", {})
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: gradient_gram([x]), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(compiled(x), x.double() @ x.double().mT)
