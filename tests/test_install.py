@@ -135,9 +135,14 @@ def refusal(done):
     return done.stderr.splitlines()[-1]
 
 
-def test_build_with_torch(tmp_path):
-    done = setup(fake_torch(tmp_path, "2.11.0+cpu"))
+def test_build_with_torch_and_without_pybind11(tmp_path):
+    """Without what NumPy's door needs: said, or refused where all is asked for."""
+    torch = fake_torch(tmp_path, "2.11.0+cpu")
+    done = setup(torch, MTML_FAST_BUILD="auto")
     assert done.stdout.splitlines()[-1] == mtml_fast.__version__
+    assert "mtml_fast: no mtml_fast.numpy: there is no pybind11" in done.stderr
+    sentence = refusal(setup(torch, MTML_FAST_BUILD="1"))
+    assert sentence == "mtml_fast: MTML_FAST_BUILD=1, but there is no pybind11: run `pip install pybind11`"
 
 
 @pytest.mark.parametrize("mode", ["auto", "1"])
