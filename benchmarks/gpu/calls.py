@@ -118,6 +118,12 @@ def _mlp(widths: list[int], tasks: int, support: int, query: int, **options) -> 
     return arguments
 
 
+def _on_fixed_features(**arguments):
+    """mlp_adapt whose features have no gradient: a large first layer is then in Gram form."""
+    fixed = {name: arguments[name].detach() for name in ("support_x", "query_x")}
+    return mlp_adapt(**arguments | fixed)
+
+
 def _ragged(hidden: int | None) -> Callable[[Callable], dict]:
     counts, features = (5, 1, 40, 17), 33
 
@@ -145,6 +151,7 @@ _CALLS = (
     ("mlp_adapt", "mlp_adapt", mlp_adapt, _mlp([12, 40, 40, 5], 4, 5, 9)),
     ("mlp_adapt first order", "mlp_adapt", mlp_adapt, _mlp([12, 40, 5], 4, 5, 9, first_order=True)),
     ("mlp_adapt of a wide network", "mlp_adapt", mlp_adapt, _mlp([200, 128, 64, 5], 4, 5, 9)),
+    ("mlp_adapt on fixed features", "mlp_adapt", _on_fixed_features, _mlp([200, 128, 64, 5], 4, 5, 9)),
     ("mlp_adapt of linear heads", "mlp_adapt", mlp_adapt, _mlp([96, 5], 4, 10, 12)),
     ("heads", "heads", heads, _ragged(None)),
     ("heads with a hidden layer", "heads", heads, _ragged(24)),
