@@ -16,7 +16,7 @@ TORCH = Path(torch.__file__).parent
 SKINS = [name for name in OPERATORS if (ROOT / f"csrc/cuda/{name}.cpp").is_file()]
 
 # not what takes long on fibers, nor what a compiler makes of an operator whoever serves it, nor what only a CPU does
-SELECTED = {"sgd_step": "not T64 and not compiled", "mlp_adapt": "battery and not compiled"}
+SELECTED = {"sgd_step": "not T64 and not compiled", "mlp_adapt": "battery and (values or tasks or gradcheck or bad)"}
 
 # in its own process: the operators of torch's CPU key are now the CUDA ones
 START = """
