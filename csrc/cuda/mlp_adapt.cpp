@@ -19,14 +19,7 @@ namespace {
 template <class T>
 struct Kernels;
 template <>
-struct Kernels<float> {
-  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f32;
-  static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
-  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
-  static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
-  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
-  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f32;
-  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f32;
+struct Kernels<float> : cuda::MlpKernels<float> {
   static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f32;
   static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f32;
   static constexpr auto linear_workspace = mtml_cuda_linear_adapt_workspace_size_f32;
@@ -34,14 +27,7 @@ struct Kernels<float> {
   static constexpr auto linear_backward = mtml_cuda_linear_adapt_backward_f32;
 };
 template <>
-struct Kernels<double> {
-  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f64;
-  static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
-  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
-  static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
-  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
-  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f64;
-  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f64;
+struct Kernels<double> : cuda::MlpKernels<double> {
   static constexpr auto linear_serves = mtml_cuda_linear_adapt_serves_f64;
   static constexpr auto linear_state = mtml_cuda_linear_adapt_state_size_f64;
   static constexpr auto linear_workspace = mtml_cuda_linear_adapt_workspace_size_f64;

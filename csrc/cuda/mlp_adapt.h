@@ -2,7 +2,8 @@
 // cudaError_t, 0 for none. Arrays are those of core/mlp_adapt_args.h; where the gradients of rates go is said below,
 // and `rate_sums` is not used.
 //
-// Launches: one forward; one for the reverse, and one more for what it adds up over tasks.
+// Launches: one forward; one for the reverse, and one more for what it adds up over tasks. What a first layer in Gram
+// form takes of torch's products is the caller's.
 #pragma once
 
 #include <cstdint>
@@ -57,13 +58,12 @@ int mtml_cuda_mlp_adapt_f64(const mtml::MlpArguments<double>* arguments, const m
 
 int mtml_cuda_mlp_adapt_backward_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
                                      const float* state, double* workspace, void* stream);
-// What tasks add up, behind the sweep and with its workspace.
-int mtml_cuda_mlp_adapt_sums_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
-                                 const mtml::cuda::MlpRateGradients<float>* rates, double* workspace, void* stream);
 int mtml_cuda_mlp_adapt_backward_f64(const mtml::MlpArguments<double>* arguments,
                                      const mtml::cuda::MlpGram<double>* gram, const double* state, double* workspace,
                                      void* stream);
 // What tasks add up, behind the sweep and with its workspace.
+int mtml_cuda_mlp_adapt_sums_f32(const mtml::MlpArguments<float>* arguments, const mtml::cuda::MlpGram<float>* gram,
+                                 const mtml::cuda::MlpRateGradients<float>* rates, double* workspace, void* stream);
 int mtml_cuda_mlp_adapt_sums_f64(const mtml::MlpArguments<double>* arguments, const mtml::cuda::MlpGram<double>* gram,
                                  const mtml::cuda::MlpRateGradients<double>* rates, double* workspace, void* stream);
 
@@ -74,3 +74,31 @@ int mtml_cuda_mlp_adapt_rates_f64(const mtml::MlpArguments<double>* arguments,
                                   const mtml::cuda::MlpRateGradients<double>* rates, double* rate_sums, void* stream);
 
 }  // extern "C"
+
+namespace mtml::cuda {
+
+// the functions above by the type of their numbers
+template <class T>
+struct MlpKernels;
+template <>
+struct MlpKernels<float> {
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f32;
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f32;
+  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f32;
+};
+template <>
+struct MlpKernels<double> {
+  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f64;
+  static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
+  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
+  static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
+  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
+  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f64;
+  static constexpr auto rates = mtml_cuda_mlp_adapt_rates_f64;
+};
+
+}  // namespace mtml::cuda

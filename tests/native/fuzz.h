@@ -5,14 +5,13 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <limits>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "check.h"
 #include "core/threads.h"
 #include "isa/choose.h"
 
@@ -21,15 +20,6 @@ extern "C" const char* __asan_default_options() { return "malloc_fill_byte=255:m
 
 namespace mtml {
 namespace {
-
-int failures = 0;
-std::string now;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
-}
 
 // of the calls that follow, however small they are
 int num_threads = 1;
@@ -45,30 +35,10 @@ Threads threads() {
           1};
 }
 
-struct Random {
-  std::mt19937_64 engine;
-  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-  double normal() { return std::normal_distribution<double>()(engine); }
-
-  // of n elements, and no more memory
-  template <class T>
-  std::vector<T> normals(int64_t n, double size = 1) {
-    std::vector<T> values(n);
-    for (T& value : values) value = static_cast<T>(size * normal());
-    return values;
-  }
-};
-
 // room for n results: one that a call leaves out is seen
 template <class T>
 std::vector<T> room(int64_t n) {
   return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN());
-}
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
 // elements [begin, begin + n), or nothing of nothing

@@ -3,8 +3,6 @@
 // kernel's own type, and a few roundings; the same bits twice, and for a task alone; the launches of a call; errors of
 // a launch. Arguments: number of calls, seed, and a barrier to leave out (file:line), which must then show. Prints the
 // barriers it has met.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -14,28 +12,12 @@
 #include <vector>
 
 #include "cuda/linear_adapt.h"
+#include "cuda_check.h"
 #include "linear_truth.h"
-
-CUDA_SHIM_SHARED_MEMORY;
 
 using namespace mtml;
 
 namespace {
-
-int failures = 0;
-std::string now;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  if (++failures <= 10) std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
-}
-
-struct Random {
-  std::mt19937_64 engine;
-  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-  double normal() { return std::normal_distribution<double>()(engine); }
-};
 
 // float and double under one name
 bool serves(const MlpArguments<float>& a) { return mtml_cuda_linear_adapt_serves_f32(&a); }
@@ -280,11 +262,6 @@ void check_values(const Problem<T>& p, const Results<T>& got) {
   }
 }
 
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-
 // what of a whole call's results is task t's
 template <class T>
 Results<T> part_of(const Problem<T>& p, const Results<T>& r, int64_t t) {
@@ -410,16 +387,7 @@ void check_refused() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int64_t calls = count > 1 ? std::atoll(arguments[1]) : 20;
-  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
-  if (count > 3) shim::left_out = arguments[3];
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
-  Random random{std::mt19937_64(seed)};
-  shim::order.seed(seed);
-  check_refused();
-  for (int64_t i = 0; i < calls && failures == 0; ++i) i % 2 ? check<double>(random) : check<float>(random);
-  for (const std::string& barrier : shim::barriers)
-    if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());
-  std::printf("%s\n", failures ? "FAILED" : "ok");
-  return failures ? 1 : 0;
+  return run_in_shim(
+      count, arguments, [](int64_t) { check_refused(); },
+      [](int64_t i, Random& random, uint64_t) { i % 2 ? check<double>(random) : check<float>(random); });
 }

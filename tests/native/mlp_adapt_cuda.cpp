@@ -4,55 +4,15 @@
 // seed, and the barrier to leave out.
 #include "cuda/mlp_adapt.h"
 
-#include <cuda_runtime.h>
-
 #include <cstdio>
 #include <string>
 
+#include "cuda_check.h"
 #include "mlp_problem.h"
 
 using namespace mtml;
 
-CUDA_SHIM_SHARED_MEMORY;
-
 namespace {
-
-int failures = 0;
-std::string now;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  ++failures;
-  std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
-}
-
-struct Random {
-  std::mt19937_64 engine;
-  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-  double normal() { return std::normal_distribution<double>()(engine); }
-};
-
-template <class T>
-struct Kernels;
-template <>
-struct Kernels<float> {
-  static constexpr auto state = mtml_cuda_mlp_adapt_state_f32;
-  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f32;
-  static constexpr auto forward = mtml_cuda_mlp_adapt_f32;
-  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f32;
-  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f32;
-  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f32;
-};
-template <>
-struct Kernels<double> {
-  static constexpr auto state = mtml_cuda_mlp_adapt_state_f64;
-  static constexpr auto workspace = mtml_cuda_mlp_adapt_workspace_f64;
-  static constexpr auto forward = mtml_cuda_mlp_adapt_f64;
-  static constexpr auto backward = mtml_cuda_mlp_adapt_backward_f64;
-  static constexpr auto sums = mtml_cuda_mlp_adapt_sums_f64;
-  static constexpr auto is_gram = mtml_cuda_mlp_adapt_is_gram_f64;
-};
 
 // A problem as a GPU gets it: without the host's knowledge of offsets, and with rates' gradients as one table.
 template <class T>
@@ -109,18 +69,18 @@ struct Call : Problem<T> {
     const T nothing = std::numeric_limits<T>::quiet_NaN();
     for (auto* results : {&this->outputs, &this->losses, &this->fast, &table_gradient})
       std::fill(results->begin(), results->end(), nothing);
-    const bool is_gram = Kernels<T>::is_gram(&a);
+    const bool is_gram = cuda::MlpKernels<T>::is_gram(&a);
     Products products(*this, is_gram);
     const cuda::MlpGram<T>* gram = is_gram ? &products.gram : nullptr;
-    std::vector<T> state(Kernels<T>::state(&a, is_gram, keeps), nothing);
-    expect(Kernels<T>::forward(&a, gram, keeps, state.data(), stream) == cudaSuccess, "forward");
+    std::vector<T> state(cuda::MlpKernels<T>::state(&a, is_gram, keeps), nothing);
+    expect(cuda::MlpKernels<T>::forward(&a, gram, keeps, state.data(), stream) == cudaSuccess, "forward");
     if (!keeps) return;
     const cuda::MlpRateGradients<T> rates{table_gradient.empty() ? nullptr : table_gradient.data(),
                                           std::max<int64_t>(1, a.options.steps), a.num_params, parameter_rows.data()};
-    std::vector<double> room(Kernels<T>::workspace(&a, is_gram), nothing);
-    expect(Kernels<T>::backward(&a, gram, state.data(), room.data(), stream) == cudaSuccess, "backward");
+    std::vector<double> room(cuda::MlpKernels<T>::workspace(&a, is_gram), nothing);
+    expect(cuda::MlpKernels<T>::backward(&a, gram, state.data(), room.data(), stream) == cudaSuccess, "backward");
     if (is_gram) products.finish(*this);
-    expect(Kernels<T>::sums(&a, gram, &rates, room.data(), stream) == cudaSuccess, "sums");
+    expect(cuda::MlpKernels<T>::sums(&a, gram, &rates, room.data(), stream) == cudaSuccess, "sums");
   }
 
   // What a first layer in Gram form is given: products over all tasks' rows.
@@ -197,11 +157,6 @@ struct Call : Problem<T> {
            a.options.activation == Activation::kElu;
   }
 };
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
 
 template <class T>
 void check(Random& r, uint64_t seed, bool everything) {
@@ -383,23 +338,16 @@ void check_errors() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int64_t calls = count > 1 ? std::atoll(arguments[1]) : 20;
-  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
-  if (count > 3) shim::left_out = arguments[3];
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
-  shim::order.seed(seed);
-  check_errors();
-  for (int64_t i = 0; i < calls && failures == 0; ++i) {
-    now = "call " + std::to_string(i);
-    Random r{std::mt19937_64(seed + static_cast<uint64_t>(i))};
-    // what a barrier guards shows at once
-    const bool everything = i < 2;
-    i % 2 ? check<double>(r, seed + i, everything) : check<float>(r, seed + i, everything);
-    i % 2 ? check_gradient(r, seed + i) : check_precision(seed + i);
-    check_gram(r, seed + i);
-  }
-  for (const std::string& barrier : shim::barriers)
-    if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());
-  std::printf("%s\n", failures ? "FAILED" : "ok");
-  return failures ? 1 : 0;
+  return run_in_shim(
+      count, arguments, [](int64_t) { check_errors(); },
+      [](int64_t i, Random&, uint64_t first) {
+        const uint64_t seed = first + static_cast<uint64_t>(i);
+        now = "call " + std::to_string(i);
+        Random r{std::mt19937_64(seed)};
+        // what a barrier guards shows at once
+        const bool everything = i < 2;
+        i % 2 ? check<double>(r, seed, everything) : check<float>(r, seed, everything);
+        i % 2 ? check_gradient(r, seed) : check_precision(seed);
+        check_gram(r, seed);
+      });
 }

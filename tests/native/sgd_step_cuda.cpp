@@ -2,8 +2,6 @@
 // plain loops in float64; the same bits twice and for a task alone; the launches of a call; errors of a launch.
 // Arguments: number of calls, seed, and a barrier to leave out (file:line), which must then show. Prints the barriers
 // it has met.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <limits>
@@ -13,27 +11,11 @@
 #include <vector>
 
 #include "cuda/sgd_step.h"
-
-CUDA_SHIM_SHARED_MEMORY;
+#include "cuda_check.h"
 
 using namespace mtml;
 
 namespace {
-
-int failures = 0;
-std::string now;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  if (++failures <= 10) std::printf("FAILED %s: %s\n", what.c_str(), now.c_str());
-}
-
-struct Random {
-  std::mt19937_64 engine;
-  int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-  double normal() { return std::normal_distribution<double>()(engine); }
-};
 
 enum RateForm { kNumber, kTask, kParameter, kBoth };
 
@@ -339,17 +321,10 @@ void check_large() {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const int64_t calls = count > 1 ? std::atoll(arguments[1]) : 20;
-  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
-  if (count > 3) shim::left_out = arguments[3];
-  std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
-  Random random{std::mt19937_64(seed)};
-  shim::order.seed(seed);
-  check_errors();
-  if (calls >= 100) check_large();
-  for (int64_t i = 0; i < calls && failures == 0; ++i) i % 2 ? check<double>(random) : check<float>(random);
-  for (const std::string& barrier : shim::barriers)
-    if (barrier != "begin:0" && barrier != "end:0") std::printf("barrier %s\n", barrier.c_str());
-  std::printf("%s\n", failures ? "FAILED" : "ok");
-  return failures ? 1 : 0;
+  const auto first = [](int64_t calls) {
+    check_errors();
+    if (calls >= 100) check_large();
+  };
+  return run_in_shim(count, arguments, first,
+                     [](int64_t i, Random& random, uint64_t) { i % 2 ? check<double>(random) : check<float>(random); });
 }
