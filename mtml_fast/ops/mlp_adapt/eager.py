@@ -13,10 +13,12 @@ from itertools import compress
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtml_fast.ops._define import OPERATORS
 from mtml_fast.ops._library import LIB
 from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
+from mtml_fast.ops.mlp_adapt import factored
 
 INPUTS = (
     "Tensor[] params, Tensor[] lr, Tensor support_x, Tensor support_y, Tensor query_x, Tensor? query_y, "
@@ -62,6 +64,10 @@ def adapt(arguments: tuple, store: str) -> tuple[Tensor, Tensor, Tensor] | None:
     tensors = _tensors(arguments)
     if tensors is None:
         return None
+    if _is_factored(arguments):
+        if store == "all":
+            return factored.adapt(*arguments)
+        return checkpoint(factored.adapt, *arguments, use_reentrant=False, preserve_rng_state=False)
     needs = _needs(arguments, tensors)
     nothing = (False,) * len(needs)
     if True not in needs or not torch.is_grad_enabled():
@@ -128,6 +134,11 @@ def _tensors(arguments: tuple) -> list[Tensor] | None:
 def _has_gradients_at_once(tensors: list[Tensor]) -> bool:
     """Whether kernels compute a mean loss together with its gradient: it is what a cache makes worth while."""
     return tensors[0].is_cpu
+
+
+def _is_factored(arguments: tuple) -> bool:
+    """Whether all tasks go through a network layer by layer, and not each by a kernel of its own."""
+    return arguments[0][0].is_cuda and factored.fits(arguments) and factored.pays(arguments)
 
 
 def _needs(arguments: tuple, tensors: list[Tensor]) -> tuple[bool, ...]:

@@ -1,0 +1,182 @@
+"""mlp_adapt layer by layer in factored form: what wide networks take on a GPU, here on the CPU."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from mtml_fast.ops import mlp_adapt
+from mtml_fast.ops._route import TorchDispatchMode
+from mtml_fast.ops.mlp_adapt import _arguments, eager, factored
+from mtml_fast.testing import random_mlp
+
+native = pytest.mark.skipif(not eager.NATIVE, reason="the native kernels are not built")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Calls that fit go this way; counts them."""
+    counts = Counter()
+
+    def is_factored(arguments):
+        fits = factored.fits(arguments)
+        counts[fits] += 1
+        return fits
+
+    monkeypatch.setattr(eager, "_is_factored", is_factored)
+    monkeypatch.setattr(eager, "_has_gradients_at_once", lambda tensors: False)
+    return counts
+
+
+@native
+def test_random_configurations(served, monkeypatch, seed):
+    """As those of the kernels, but for their bits: torch's products do not promise the same for a task alone."""
+    options = random_mlp._options
+
+    def plain(r, steps):
+        return {k: v for k, v in options(r, steps).items() if k not in ("momentum", "weight_decay", "clip")}
+
+    monkeypatch.setattr(random_mlp, "_options", plain)
+    for name in ("_check_threads", "_check_poison", "_check_alone"):
+        monkeypatch.setattr(random_mlp, name, lambda *_: None)
+    for configuration in range(256 * seed, 256 * seed + 100):
+        random_mlp.check(configuration)
+    assert served[True] > 60
+
+
+def network(*widths, tasks=2, shots=3, lr=0.1, **options):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    params = []
+    for inputs, outputs in itertools.pairwise(widths):
+        params += [draw(outputs, inputs) / inputs**0.5, draw(outputs)]
+    rows = lambda: torch.randint(widths[-1], (tasks, shots), generator=generator)  # noqa: E731
+    return dict(
+        params=[p.requires_grad_() for p in params],
+        support_x=draw(tasks, shots, widths[0]),
+        support_y=rows(),
+        query_x=draw(tasks, shots, widths[0]),
+        query_y=rows(),
+        lr=lr,
+        **options,
+    )
+
+
+def arguments_of(*widths, **options):
+    return _arguments(**network(*widths, **options))[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        (dict(), True),
+        (dict(steps=3, first_order=True, every_step=True, return_parameters=True, activation="gelu"), True),
+        (dict(lr=[torch.tensor(0.1)] * 6), True),
+        (dict(lr=[torch.full((2, 5, 4), 0.1), *[torch.tensor(0.1)] * 5]), False),
+        (dict(momentum=0.5), False),
+        (dict(weight_decay=0.5), False),
+        (dict(clip=0.5), False),
+    ],
+)
+def test_which_calls_have_this_form(options, fits):
+    assert factored.fits(arguments_of(4, 5, 6, 3, **{"steps": 2, **options})) == fits
+
+
+def test_a_head_has_a_form_of_its_own():
+    assert not factored.fits(arguments_of(4, 3))
+
+
+def test_it_pays_for_wide_networks():
+    assert not factored.pays(arguments_of(784, 256, 128, 64, 64, 5, shots=5))
+    assert not factored.pays(arguments_of(4000, 1000, 5, shots=5))
+    assert factored.pays(arguments_of(784, 1024, 1024, 10, shots=5))
+
+
+VIEWS = {
+    *("t", "transpose", "unsqueeze", "view", "_unsafe_view", "expand", "select", "slice", "detach", "alias", "squeeze"),
+    *("reshape", "permute", "empty", "new_empty", "empty_like", "new_zeros", "lift_fresh"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that would be launches on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def total(self):
+        return sum(n for name, n in self.count.items() if name not in VIEWS)
+
+
+def launches(tasks, steps, layers):
+    widths = [8, *[6] * (layers - 1), 3]
+    arguments = arguments_of(*widths, tasks=tasks, steps=steps)
+    with Launches() as mode:
+        _, losses, _ = factored.adapt(*arguments)
+        forward = mode.total
+        torch.autograd.grad(losses.sum(), arguments[0])
+    return forward, mode.total
+
+
+def test_launches_are_a_matter_of_steps_and_layers():
+    """Of tasks there may be any number; a step of a layer takes at most 16 forward and 30 both ways."""
+    assert launches(2, 3, 3) == launches(50, 3, 3)
+    step = [a - b for a, b in zip(launches(4, 5, 3), launches(4, 4, 3), strict=True)]
+    layer = [a - b for a, b in zip(launches(4, 5, 5), launches(4, 5, 4), strict=True)]
+    assert step[0] <= 3 * 16
+    assert step[1] <= 3 * 46
+    assert layer[0] <= 6 * 16
+    assert layer[1] <= 6 * 46
+
+
+@native
+def test_no_weight_of_a_task_is_built(served):
+    """Memory: factors of rows, where dense weights of 64 tasks would be 64 x 5 matrices."""
+    call = network(64, 512, 512, 5, tasks=64, shots=2, steps=5)
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                largest = max(largest, result.untyped_storage().nbytes())
+            return result
+
+    arguments, _ = _arguments(**call)
+    with Largest():
+        _, losses, _ = factored.adapt(*arguments)
+        torch.autograd.grad(losses.sum(), call["params"])
+    assert largest < 4 * 64 * 512 * 512 / 16
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_values_stay_in_their_task(bad):
+    call = network(4, 5, 6, 3, tasks=3, steps=2, return_parameters=True)
+    clean = factored.adapt(*_arguments(**call)[0])
+    call["support_x"][1, 0, 0] = bad
+    spoilt = factored.adapt(*_arguments(**call)[0])
+    for before, after in zip(clean, spoilt, strict=True):
+        torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+        assert after[1].isnan().any()
+
+
+@native
+@pytest.mark.parametrize("steps", [0, 2])
+def test_gradients_that_are_zero_are_there(served, steps):
+    """Of rates that no step takes, of support rows in first order."""
+    call = network(4, 5, 3, steps=steps, first_order=True)
+    call["lr"] = torch.tensor(0.1, requires_grad=True)
+    call["support_x"].requires_grad_()
+    losses = mlp_adapt(**call).losses
+    of_rates, of_rows = torch.autograd.grad(losses.sum(), [call["lr"], call["support_x"]])
+    assert (of_rates != 0) == (steps > 0)
+    assert not of_rows.any()
+    assert served[True] == 1
