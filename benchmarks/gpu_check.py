@@ -94,6 +94,7 @@ def parts(device: str, about: dict, folder: Path) -> list[Part]:
         _build(device, about),
         Part("env", 40, {"": [PYTHON, "-m", "mtml_fast.env"]}),
         Part("operators", 70, {"": module("checks", "operators")}),
+        Part("precision", 30, {"": module("precision")}),
         Part("trainers", 80, {"": module("checks", "trainers")}),
         Part("benchmarks", 190, {"": module("bench", "--out", str(folder), "--limit", "180")}),
         _sanitizer(device, module("calls")),

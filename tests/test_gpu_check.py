@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import bench, checks
+from benchmarks.gpu import bench, checks, precision
 from benchmarks.gpu.calls import Exact, calls
 from benchmarks.peers import Settings, Unavailable
 from benchmarks.run import COLUMNS
@@ -290,6 +290,27 @@ def test_a_peer_that_cannot_is_left_out():
 
     with pytest.raises(Unavailable, match=r"^cannot: float32 is refused$"):
         bench.tried(lambda settings: Provider(cannot))(Settings())
+
+
+def test_factors_are_rounded_as_a_gpu_rounds_them():
+    x = torch.randn(300, 7).exp() * torch.randn(300, 7)
+    with precision.Rounded(7) as to_bfloat16:
+        assert torch.equal(to_bfloat16.round(x), x.bfloat16().float())
+        mine = x @ x.T
+    torch.testing.assert_close(mine, x.bfloat16().float() @ x.bfloat16().float().T)
+    tf32 = precision.Rounded(10).round(x)
+    assert ((tf32 - x).abs() <= x.abs() * 2**-11).all()
+    assert not (tf32.view(torch.int32) & (1 << 13) - 1).any()
+    assert not torch.equal(tf32, x)
+
+
+def test_errors_of_rounded_factors():
+    """Each digit that factors lose shows; float64 is the measure."""
+    table = precision.table("cpu")
+    assert len(table) == 11
+    for name, key, exact, tf32, bfloat16 in table:
+        assert exact < 2e-6, (name, key)
+        assert 100 * exact < tf32 < bfloat16 < 0.1, (name, key)
 
 
 def test_rows_have_the_columns_of_the_others():

@@ -40,6 +40,14 @@ def floating(name: str, value: Tensor, *, like: Tensor | None = None, like_name:
     return value
 
 
+def widened(value: Tensor, like: Tensor) -> Tensor:
+    """Features in half precision, which a trunk leaves under autocast, in the dtype of the parameters."""
+    if not isinstance(value, Tensor) or not isinstance(like, Tensor) or value.dtype == like.dtype:
+        return value
+    half = value.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(value.device.type)
+    return value.to(like.dtype) if half else value
+
+
 def same_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {value.device}")

@@ -8,6 +8,7 @@ derivative raises; it never becomes first order in silence.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 
@@ -49,11 +50,10 @@ class Operator:
     def __call__(self, *args):
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         # a compiler gets the operator, and cannot look into who serves it
-        native = torch.compiler.is_compiling() or self._native(first.device)
-        if not native and first.device.type == "cuda":
-            warn_without_cuda()
+        native = torch.compiler.is_compiling() or self.has_kernels(first.device)
         if needs_reference(native):
-            return self.reference(*args)
+            with in_given_dtype(first):
+                return self.reference(*args)
         return self.forward(*args)
 
     def served_by(self, device: str | torch.device) -> str:
@@ -62,6 +62,13 @@ class Operator:
         if not self._native(device):
             return "reference"
         return "triton" if device.type == "cuda" and self.triton else "native"
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether it is not the reference that serves a device; of CUDA it is said why, once."""
+        native = self._native(device)
+        if not native and device.type == "cuda":
+            warn_without_cuda()
+        return native
 
     def _native(self, device: torch.device) -> bool:
         if device not in self._known:
@@ -207,8 +214,24 @@ def define_op(
 
     for target, formula in ((name, backward), (f"{name}_backward", double_backward)):
         torch.library.register_autograd(f"mtml_fast::{target}", formula, setup_context=_save, lib=LIB)
+    for target in operator.kernels:
+        without_autocast(target)
     OPERATORS[name] = operator
     return operator
+
+
+def in_given_dtype(like: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which torch's products come in the dtype of their factors, as those of kernels do."""
+    device_type = like.device.type
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+
+
+def without_autocast(name: str, device_type: str = "cuda") -> None:
+    """Have an operator compute in float32 under autocast: products of torch inside of it would come in half of it."""
+    torch.library.register_autocast(f"mtml_fast::{name}", device_type, torch.float32, lib=LIB)
 
 
 def _flat(values) -> list:

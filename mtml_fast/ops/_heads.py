@@ -11,6 +11,7 @@ from mtml_fast.ops.heads.reference import ACTIVATIONS
 
 def checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation) -> tuple:
     """The arguments of a batch of heads, checked."""
+    x = _check.widened(x, weight)
     _check.floating("x", x)
     _check.shape("x", x, ("R", None), ("D", None))
     _check.offsets("offsets", offsets, x, empty_tasks=True)

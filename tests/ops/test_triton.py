@@ -90,6 +90,9 @@ def test_every_kernel_compiles(sm):
         if name.startswith("_gram"):
             # the products are those of the tensor cores, in float64
             assert re.search(r"mma\.sync\S*f64", result.ptx), name
+        rounded = {"tf32": "tf32", "bfloat16": "bf16"}.get(launch.arguments.get("PRECISION"))
+        if rounded and name.startswith(("_forward", "_gradients", "_losses")):
+            assert re.search(rf"mma\S*\.{rounded}\.{rounded}", result.ptx), name
     assert not found, "\n".join(found)
 
 
@@ -254,6 +257,34 @@ def test_launches_of_heads_loss():
     assert [launch.arguments["first"] for launch in launches] == [0, 480]
     kinds = [words[i // 480][i % 480 // 30] >> 2 * (i % 30) + 1 & 3 for i in range(600)]
     assert kinds == [3, 0, 2] * 200
+
+
+@needs_triton
+def test_factors_are_rounded_where_torch_is_asked_to():
+    """Float32 products by default and whatever is asked of others; float64 always."""
+    from mtml_fast.ops.heads import triton as heads
+
+    def of(call):
+        with triton_kernels.noted() as launches:
+            heads.heads(*call)
+        return {launch.arguments["PRECISION"] for launch in launches}
+
+    call = heads_call([100, 0, 30], 20, 70, 33)
+    double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in call]
+    assert of(call) == {"ieee"}
+    for asked, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "bfloat16")):
+        with triton_kernels.products_in(asked):
+            assert of(call) == {expected}
+            assert of(double) == {"ieee"}
+    # by torch's newer switch, which does not like to be asked by the older one
+    newer = """
+import torch
+from mtml_fast.ops._ragged.triton import precision
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+print(precision(torch.float32), precision(torch.float64))
+"""
+    done = subprocess.run([sys.executable, "-c", newer], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tf32", "ieee"]
 
 
 @needs_triton

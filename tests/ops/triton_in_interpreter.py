@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mtml_fast.ops import OPERATORS, backend, gradient_combine, gradient_gram, heads, heads_loss
+from mtml_fast.testing.arguments import in_dtype
 from tests.ops.test_heads import make
+from tests.ops.triton_kernels import products_in
 
 # twenty leaves, some of them empty; the last is five pieces where sums are kept, nine where they are not
 SHAPES = [(i % 7,) for i in range(18)] + [(), (3, 723)]
@@ -79,6 +81,29 @@ def test_more_of_rows_and_outputs(loss, dtype, hidden, features, widths, options
         # the sums of 1,100 rows are in another order than eager's
         slack = 64 * torch.finfo(dtype).eps * float(e.abs().max())
         assert (a.double() - e).abs().max() <= 2 * (c.double() - e).abs().max() + slack, i
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+def test_bfloat16_products_where_asked(with_loss):
+    """Factors are rounded to 8 bits, sums are not."""
+    call = make([70, 3], [3, 20], 40, loss="mse" if with_loss else None)
+    call = call(torch.float32, torch.Generator().manual_seed(0))
+    exact = heads_results(in_dtype(call, torch.float64), with_loss)
+    with backend("operator"):
+        full = heads_results(call, with_loss)
+        with products_in("medium"):
+            rounded = heads_results(call, with_loss)
+    # outputs: the rounded numbers' products, to float32
+    if not with_loss:
+        less = {n: t.bfloat16().double() if n in ("x", "weight") else t for n, t in call.items()}
+        less["bias"] = less["bias"].double()
+        torch.testing.assert_close(rounded[0].double(), heads_results(less, with_loss)[0], rtol=1e-5, atol=1e-5)
+    for i, (a, b, e) in enumerate(zip(rounded, full, exact, strict=True)):
+        error, before = ((t - e).abs().max() / e.abs().max() for t in (a, b))
+        assert before < 2e-6, i
+        assert error < 0.03, i
+        # sums of cotangents are no products
+        assert error > 1e-4 or i == 3, i
 
 
 def test_mixed_losses_of_many_tasks():

@@ -99,26 +99,42 @@ def all_launches() -> dict[str, Launch]:
                 gram.gradient_gram_backward([torch.ones(tasks, tasks, dtype=torch.float64)], leaves, [True])
                 combine.gradient_combine(leaves, weights)
                 combine.gradient_combine_backward(cotangents, leaves, weights, [True, True])
-            for call in heads_calls(dtype):
-                inputs = [t for t in (call[0], *call[2:4], *call[5:7]) if t is not None]
-                outputs = (5 * 20,) if call[4] is None else (3 * 2 + 2 * 4,)
-                q = torch.ones(outputs, dtype=dtype)
-                needs = [True] * len(inputs)
-                heads.heads(*call)
-                heads.heads_backward([q], *call, needs)
-                heads.heads_double_backward(inputs, [q], *call, needs, [True, *needs])
-                for options in loss_options(call):
-                    heads_loss.heads_loss(*options)
-                    heads_loss.heads_loss_backward([torch.ones(2, dtype=dtype)], *options, needs)
+            # rounded factors where somebody asks for them: the same kernels, in a sample
+            for asked in ("highest", "high", "medium") if dtype == torch.float32 else ("highest",):
+                with products_in(asked):
+                    for call in list(heads_calls(dtype))[0 if asked == "highest" else -1 :]:
+                        inputs = [t for t in (call[0], *call[2:4], *call[5:7]) if t is not None]
+                        outputs = (5 * 20,) if call[4] is None else (3 * 2 + 2 * 4,)
+                        q = torch.ones(outputs, dtype=dtype)
+                        needs = [True] * len(inputs)
+                        heads.heads(*call)
+                        heads.heads_backward([q], *call, needs)
+                        heads.heads_double_backward(inputs, [q], *call, needs, [True, *needs])
+                        for options in list(loss_options(call))[0 if asked == "highest" else -1 :]:
+                            heads_loss.heads_loss(*options)
+                            heads_loss.heads_loss_backward([torch.ones(2, dtype=dtype)], *options, needs)
     return {str(launch): launch for launch in launches}
+
+
+@contextlib.contextmanager
+def products_in(asked: str) -> Iterator[None]:
+    """What a user asks of torch's products of float32 numbers, and of ours: "highest", "high" or "medium"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def sampled(sm: int) -> dict[str, Launch]:
     """Of a kernel's variants for one type of elements all, if they are few, else one, another for each architecture."""
     kinds: dict[tuple, list[tuple[str, Launch]]] = {}
-    for name, launch in all_launches().items():
-        kinds.setdefault((launch.kernel.fn, launch.types.split()[0]), []).append((name, launch))
     place = -ARCHITECTURES.index(sm)
+    for name, launch in all_launches().items():
+        how = launch.arguments.get("PRECISION", "ieee")
+        if how in ("ieee", ("tf32", "bfloat16")[place]):
+            kinds.setdefault((launch.kernel.fn, launch.types.split()[0], how), []).append((name, launch))
     return dict(variant for kind in kinds.values() for variant in (kind if len(kind) <= 4 else [kind[place]]))
 
 

@@ -15,8 +15,34 @@ from mtml_fast.ops._library import LIB
 _calls = Counter()
 
 
+def _mend_bfloat16() -> None:
+    """As a GPU has it: the interpreter cuts numbers off, and its products take the 16 bits for integers."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, create_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounded(self, x, dtype):
+        if (x.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, x, dtype)
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        # to the nearest, and in the middle to the even one
+        return TensorHandle((bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16), dtype.scalar)
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    InterpreterBuilder.cast_impl = rounded
+    InterpreterBuilder.create_fp_trunc = rounded
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: create_dot(self, wide(a), wide(b), *rest)
+
+
 def pytest_configure(config):
     assert os.environ.get("TRITON_INTERPRET") == "1", "the CPU cannot run what Triton compiles: set TRITON_INTERPRET=1"
+    _mend_bfloat16()
     with warnings.catch_warnings():
         # that a kernel is replaced is what is wanted
         warnings.simplefilter("ignore", UserWarning)

@@ -90,7 +90,7 @@ def forward(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], bias: Tensor |
         _forward[rows.slots, several](
             x, weight, x2, weight2, y if bias is None else bias, rows.offsets, *outputs.table, y, rows.tasks, features,
             PAIRS=max(len(pairs), 1), BIAS=bias is not None, COLUMNS=outputs.tile,
-            **options(features, large=outputs.tile > 16),
+            **options(features, y.dtype, large=outputs.tile > 16),
         )  # fmt: skip
     return y
 
@@ -104,7 +104,7 @@ def backward(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], x: Tensor) ->
     if dx.numel():
         _backward[rows.slots, triton.cdiv(features, COLUMNS)](
             d, weight, d2, weight2, rows.offsets, *outputs.table, dx, rows.tasks, features,
-            PAIRS=len(pairs), COLUMNS=COLUMNS, **options(features),
+            PAIRS=len(pairs), COLUMNS=COLUMNS, **options(features, x.dtype),
         )  # fmt: skip
     return dx
 
@@ -119,7 +119,7 @@ def gradients(rows: Rows, outputs: Outputs, pairs: Sequence[tuple], needs: tuple
         _gradients[rows.tasks * rows.parts, blocks, triton.cdiv(outputs.mean, outputs.tile)](
             d, x, d2, x2, rows.offsets, *outputs.table, *sums.partial, sums.total, rows.parts, features,
             PAIRS=len(pairs), WEIGHT=needs[0], BIAS=needs[1], OUTPUTS=outputs.tile, COLUMNS=COLUMNS,
-            **options(features, large=outputs.tile > 16),
+            **options(features, x.dtype, large=outputs.tile > 16),
         )  # fmt: skip
     return sums.added()
 
@@ -148,12 +148,24 @@ class Sums:
         return [to if needed else None for to, needed in zip(self.to, self.needs, strict=True)]
 
 
-def options(features: int, large: bool = False) -> dict:
+def options(features: int, dtype: torch.dtype, large: bool = False) -> dict:
     """Whether rows begin where a load may take several numbers at once; more threads for more registers."""
     aligned = features % 16 == 0
     warps = 8 if large or not aligned else 4
     # left to itself the assembler spills rather than take more than 128 registers for 8 warps
-    return dict(DEPTH=16, ALIGNED=aligned, num_warps=warps, num_stages=3, maxnreg=255, enable_fp_fusion=True)
+    registers = dict(num_warps=warps, num_stages=3, maxnreg=255, enable_fp_fusion=True)
+    return dict(DEPTH=16, ALIGNED=aligned, PRECISION=precision(dtype), **registers)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How factors are rounded before a product: as torch's own switch for its products of float32 numbers says."""
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    try:
+        return "bfloat16" if torch.get_float32_matmul_precision() == "medium" else "tf32"
+    except RuntimeError:
+        # torch's newer switch has been used, which knows no medium
+        return "tf32"
 
 
 @triton.jit
@@ -207,14 +219,24 @@ def find_outputs(out_offsets, starts, width, task, begin):
 
 
 @triton.jit
-def product(x, x_there, w, w_there, terms, sums, DEPTH: tl.constexpr):
+def dot(left, right, sums, PRECISION: tl.constexpr):
+    """left right, added to sums if there are any, the factors rounded as asked."""
+    if PRECISION == "bfloat16":
+        sums = tl.dot(left.to(tl.bfloat16), right.to(tl.bfloat16), sums, out_dtype=left.dtype)
+    else:
+        sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=left.dtype)
+    return sums
+
+
+@triton.jit
+def product(x, x_there, w, w_there, terms, sums, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """sums [M, N] + x w^T, for pointers to the first of so many terms of rows x [M, 1] and w [1, N]."""
     lanes = tl.arange(0, DEPTH)
     for term in range(0, terms, DEPTH):
         there = term + lanes < terms
         left = tl.load(x + (term + lanes)[None, :], mask=x_there & there[None, :], other=0.0)
         right = tl.load(w + (term + lanes)[:, None], mask=w_there & there[:, None], other=0.0)
-        sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+        sums = dot(left, right, sums, PRECISION)
     return sums
 
 
@@ -238,6 +260,7 @@ def _forward(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     if ALIGNED:
         features = features // 16 * 16
@@ -251,9 +274,9 @@ def _forward(
         at = (first + columns) * features
         there = columns < wide
         sums = tl.zeros((ROWS, COLUMNS), y.dtype.element_ty)
-        sums = product(x + rows * features, rows < end, weight + at, there, features, sums, DEPTH)
+        sums = product(x + rows * features, rows < end, weight + at, there, features, sums, DEPTH, PRECISION)
         if PAIRS == 2:
-            sums = product(x2 + rows * features, rows < end, weight2 + at, there, features, sums, DEPTH)
+            sums = product(x2 + rows * features, rows < end, weight2 + at, there, features, sums, DEPTH, PRECISION)
         if BIAS:
             sums += tl.load(bias + first + columns, mask=there, other=0.0)
         tl.store(y + start + (rows - begin) * wide + columns, sums, mask=(rows < end) & there)
@@ -277,6 +300,7 @@ def _backward(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     if ALIGNED:
         features = features // 16 * 16
@@ -296,7 +320,7 @@ def _backward(
             across, down = lanes[None, :], lanes[:, None]
             left = tl.load(outputs + across, mask=(rows < end) & (across < wide), other=0.0)
             right = tl.load(rows_of_weight + down * features, mask=(down < wide) & there, other=0.0)
-            sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+            sums = dot(left, right, sums, PRECISION)
     tl.store(dx + rows * features + columns, sums, mask=(rows < end) & there)
 
 
@@ -323,6 +347,7 @@ def _gradients(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     if ALIGNED:
         features = features // 16 * 16
@@ -348,7 +373,7 @@ def _gradients(
                     right = tl.load(
                         (x if i == 0 else x2) + down * features + columns, mask=(down < end) & there, other=0.0
                     )
-                    sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=sums.dtype)
+                    sums = dot(left, right, sums, PRECISION)
                 if BIAS and i == 0:
                     columns_of_d += tl.sum(left, axis=1)
         if WEIGHT:

@@ -31,7 +31,17 @@ from mtml_fast.ops._losses.triton import (
     row_targets,
     smooth_targets,
 )
-from mtml_fast.ops._ragged.triton import ROWS, Sums, find_outputs, find_part, find_tile, options, place_of_sums, product
+from mtml_fast.ops._ragged.triton import (
+    ROWS,
+    Sums,
+    dot,
+    find_outputs,
+    find_part,
+    find_tile,
+    options,
+    place_of_sums,
+    product,
+)
 from mtml_fast.ops._task_heads.triton import Heads
 
 # numbers of two bits in a word, and words of a launch
@@ -100,10 +110,11 @@ class _Call:
             MASK=0 if mask is None else 1 if of_rows else 2,
             SMOOTH=smoothing > 0,
         )
-        self.options = options(features)
+        self.options = options(features, x.dtype)
         # as many columns of x at a time as registers allow
         double = x.dtype == torch.float64
-        self.options_backward = dict(WIDTH=16 if double else 32, **options(features, large=double))
+        few = double or self.options["PRECISION"] == "bfloat16"
+        self.options_backward = dict(WIDTH=16 if few else 32, **options(features, x.dtype, large=double))
 
 
 def _kinds(losses: Sequence[int], offsets: Tensor) -> tuple[Tensor, int]:
@@ -135,12 +146,25 @@ def kind_of(kinds, kind, task):
 
 
 @triton.jit
-def logits(x, weight, bias, rows, end, first, columns, wide, features, BIAS: tl.constexpr, DEPTH: tl.constexpr):
+def logits(
+    x,
+    weight,
+    bias,
+    rows,
+    end,
+    first,
+    columns,
+    wide,
+    features,
+    BIAS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """z [ROWS, COLUMNS]"""
     there = (columns < wide)[None, :]
     z = tl.zeros((ROWS, COLUMNS), x.dtype.element_ty)
     at = weight + (first + columns)[None, :] * features
-    z = product(x + rows[:, None] * features, (rows < end)[:, None], at, there, features, z, DEPTH)
+    z = product(x + rows[:, None] * features, (rows < end)[:, None], at, there, features, z, DEPTH, PRECISION)
     if BIAS:
         z += tl.load(bias + first + columns[None, :], mask=there, other=0.0)
     return z
@@ -214,6 +238,7 @@ def _losses(
     SMOOTH: tl.constexpr,
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     if ALIGNED:
         features = features // 16 * 16
@@ -234,7 +259,7 @@ def _losses(
         )  # fmt: skip
     for column in range(0, wide, COLUMNS):
         columns = column + tl.arange(0, COLUMNS)
-        z = logits(x, weight, bias, rows, end, first, columns, wide, features, BIAS, DEPTH)
+        z = logits(x, weight, bias, rows, end, first, columns, wide, features, BIAS, DEPTH, PRECISION)
         if kind == 0:
             exist = (columns < wide)[None, :]
             before = top
@@ -327,6 +352,7 @@ def _backward(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     if ALIGNED:
         features = features // 16 * 16
@@ -345,7 +371,7 @@ def _backward(
     for row in range(part_begin, end, ROWS):
         rows = row + tl.arange(0, ROWS)
         some = tl.arange(0, COLUMNS)
-        z = logits(x, weight, bias, rows, end, first, some, wide, features, BIAS, DEPTH)
+        z = logits(x, weight, bias, rows, end, first, some, wide, features, BIAS, DEPTH, PRECISION)
         top, total = lowest(x), tl.zeros((ROWS,), element)
         label, part_of_label = tl.zeros((ROWS,), tl.int64), tl.zeros((ROWS,), element)
         smooth_sum = tl.zeros((), element)
@@ -359,14 +385,14 @@ def _backward(
                 smooth_sum += tl.sum(smooth_targets(class_weights, smoothing, first, some, wide, CLASS_WEIGHTS))
             for column in range(COLUMNS, wide, COLUMNS):
                 more = column + tl.arange(0, COLUMNS)
-                z_of_more = logits(x, weight, bias, rows, end, first, more, wide, features, BIAS, DEPTH)
+                z_of_more = logits(x, weight, bias, rows, end, first, more, wide, features, BIAS, DEPTH, PRECISION)
                 top, total = carried(z_of_more, (more < wide)[None, :], top, total)
                 if SMOOTH:
                     smooth_sum += tl.sum(smooth_targets(class_weights, smoothing, first, more, wide, CLASS_WEIGHTS))
         for column in range(0, wide, COLUMNS):
             columns = column + tl.arange(0, COLUMNS)
             if column > 0:
-                z = logits(x, weight, bias, rows, end, first, columns, wide, features, BIAS, DEPTH)
+                z = logits(x, weight, bias, rows, end, first, columns, wide, features, BIAS, DEPTH, PRECISION)
             if kind == 0:
                 exist = (columns < wide)[None, :]
                 counted = label_counts(labels, mask, ignore_index, rows, end, MASK)[:, None] & exist
@@ -399,38 +425,50 @@ def _backward(
             if OF_ROWS:
                 add_rows(
                     slopes, weight + first * features + of_weight, dx + of_x, (rows < end)[:, None],
-                    (columns < wide)[:, None], features, features_before, WIDTH,
+                    (columns < wide)[:, None], features, features_before, WIDTH, PRECISION,
                 )  # fmt: skip
             if OF_WEIGHT:
                 add_weight(
                     slopes, x + of_x, weights + to * features + of_weight, (rows < end)[:, None],
-                    (columns < wide)[:, None], (columns < wide_before)[:, None], features, WIDTH,
+                    (columns < wide)[:, None], (columns < wide_before)[:, None], features, WIDTH, PRECISION,
                 )  # fmt: skip
             # another thread may go on from what this one has written
             tl.debug_barrier()
 
 
 @triton.jit
-def add_rows(slopes, weight, dx, rows_there, outputs_there, features, features_before, WIDTH: tl.constexpr):
+def add_rows(
+    slopes,
+    weight,
+    dx,
+    rows_there,
+    outputs_there,
+    features,
+    features_before,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dx [ROWS, I], the first columns of which go on, + dz W."""
     dz = tl.load(slopes + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
     for column in range(0, features, WIDTH):
         lanes = (column + tl.arange(0, WIDTH))[None, :]
         w = tl.load(weight + lanes, mask=outputs_there & (lanes < features), other=0.0)
         d = tl.load(dx + lanes, mask=rows_there & (lanes < features_before), other=0.0)
-        d += tl.dot(dz, w, input_precision="ieee", out_dtype=dz.dtype)
+        d += dot(dz, w, None, PRECISION)
         tl.store(dx + lanes, d, mask=rows_there & (lanes < features))
 
 
 @triton.jit
-def add_weight(slopes, x, weight, rows_there, outputs_there, outputs_before, features, WIDTH: tl.constexpr):
+def add_weight(
+    slopes, x, weight, rows_there, outputs_there, outputs_before, features, WIDTH: tl.constexpr, PRECISION: tl.constexpr
+):
     """dW [COLUMNS, I], the first rows of which go on, + dz^T x."""
     dz = tl.load(slopes + tl.arange(0, ROWS)[None, :] * COLUMNS + tl.arange(0, COLUMNS)[:, None])
     for column in range(0, features, WIDTH):
         lanes = (column + tl.arange(0, WIDTH))[None, :]
         x_there = tl.load(x + lanes, mask=rows_there & (lanes < features), other=0.0)
         d = tl.load(weight + lanes, mask=outputs_before & (lanes < features), other=0.0)
-        d += tl.dot(dz, x_there, input_precision="ieee", out_dtype=dz.dtype)
+        d += dot(dz, x_there, None, PRECISION)
         tl.store(weight + lanes, d, mask=outputs_there & (lanes < features))
 
 

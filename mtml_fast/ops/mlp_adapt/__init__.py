@@ -245,6 +245,7 @@ def _arguments(
     if clip is not None:
         _check.number("clip", clip, low=0.0, exclusive=True)
 
+    support_x, query_x = (_check.widened(x, params[0]) for x in (support_x, query_x))
     tasks = _tasks("support", support_x, support_offsets)
     widths, shapes = _layers(params, tasks, bias, norm)
     for name, x, offsets in (("support", support_x, support_offsets), ("query", query_x, query_offsets)):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtml_fast.ops._define import OPERATORS
-from mtml_fast.ops._library import LIB, warn_without_cuda
+from mtml_fast.ops._define import OPERATORS, in_given_dtype, without_autocast
+from mtml_fast.ops._library import LIB
 from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
 from mtml_fast.ops.mlp_adapt import factored
 
@@ -43,6 +43,9 @@ LIB.define("_mlp_adapt_gradients(Tensor[] tensors, Tensor settings) -> Tensor[]"
 # the plan of the kernels and its cost, as JSON text
 LIB.define("_mlp_adapt_plan(Tensor[] tensors, Tensor settings, bool keeps_state) -> Tensor")
 
+for _name in ("_mlp_adapt_saving", "_mlp_adapt_backward"):
+    without_autocast(_name)
+
 _SAVING, _BACKWARD, _GRADIENTS, _PLAN = (
     getattr(torch.ops.mtml_fast, f"_mlp_adapt_{name}").default for name in ("saving", "backward", "gradients", "plan")
 )
@@ -66,9 +69,10 @@ def adapt(arguments: tuple, store: str) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     by_kernels = _served(tensors)
     if _is_factored(arguments, by_kernels):
-        if store == "all":
-            return factored.adapt(*arguments)
-        return checkpoint(factored.adapt, *arguments, use_reentrant=False, preserve_rng_state=False)
+        with in_given_dtype(tensors[0]):
+            if store == "all":
+                return factored.adapt(*arguments)
+            return checkpoint(factored.adapt, *arguments, use_reentrant=False, preserve_rng_state=False)
     if not by_kernels:
         return None
     needs = _needs(arguments, tensors)
@@ -138,7 +142,7 @@ def _tensors(arguments: tuple) -> list[Tensor] | None:
 
 def _served(tensors: list[Tensor]) -> bool:
     """Whether there are kernels for the device of the tensors."""
-    return tensors[0].is_cpu or OPERATORS["mlp_adapt"].served_by(tensors[0].device) == "native"
+    return tensors[0].is_cpu or OPERATORS["mlp_adapt"].has_kernels(tensors[0].device)
 
 
 def _has_gradients_at_once(tensors: list[Tensor]) -> bool:
@@ -149,13 +153,11 @@ def _has_gradients_at_once(tensors: list[Tensor]) -> bool:
 def _is_factored(arguments: tuple, by_kernels: bool) -> bool:
     """Whether all tasks go through a network layer by layer, and not each by a kernel of its own, or by the reference.
 
-    Where a device has no kernels, factors of rows are less work than a weight for each task (28 times on one thread of a
-    CPU for 784-1024-1024-10, 5 rows and 5 steps).
+    Where a device has no kernels, factors of rows are less work than a weight for each task (28 times on one
+    thread of a CPU for 784-1024-1024-10, 5 rows and 5 steps).
     """
     if arguments[0][0].is_cpu or not factored.fits(arguments):
         return False
-    if not by_kernels and arguments[0][0].is_cuda:
-        warn_without_cuda()
     return not by_kernels or factored.pays(arguments)
 
 
