@@ -214,8 +214,6 @@ def define_op(
 
     for target, formula in ((name, backward), (f"{name}_backward", double_backward)):
         torch.library.register_autograd(f"mtml_fast::{target}", formula, setup_context=_save, lib=LIB)
-    for target in operator.kernels:
-        without_autocast(target)
     OPERATORS[name] = operator
     return operator
 
@@ -227,11 +225,6 @@ def in_given_dtype(like: Tensor) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
-
-
-def without_autocast(name: str, device_type: str = "cuda") -> None:
-    """Have an operator compute in float32 under autocast: products of torch inside of it would come in half of it."""
-    torch.library.register_autocast(f"mtml_fast::{name}", device_type, torch.float32, lib=LIB)
 
 
 def _flat(values) -> list:

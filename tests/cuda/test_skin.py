@@ -121,36 +121,6 @@ for tasks, widths, steps, rates in ((2, (3, 4, 2), 1, False), (9, (3, 5, 5, 5, 2
     assert done.stdout.splitlines() == ["1 2", "1 2", "1 3"], done.stderr
 
 
-def test_gram_form_under_autocast(skins):
-    """Its products are torch's, and torch would make halves of them."""
-    code = """
-from mtml_fast.ops import mlp_adapt
-from mtml_fast.ops._define import without_autocast
-from mtml_fast.ops.mlp_adapt import eager
-eager._has_gradients_at_once = lambda _: False
-skin.cuda_skin_always_gram()
-# as of the operators of CUDA devices
-for name in ("mlp_adapt", "mlp_adapt_backward", "_mlp_adapt_saving", "_mlp_adapt_backward"):
-    without_autocast(name, "cpu")
-torch.manual_seed(0)
-params = [torch.randn(*s, requires_grad=True) for s in ((8, 6), (8,), (3, 8), (3,))]
-x, y = torch.randn(4, 5, 6), torch.randint(3, (4, 5))
-
-def results():
-    losses = mlp_adapt(params, x, y, x, y, lr=0.1, steps=3).losses
-    return [losses.detach(), *torch.autograd.grad(losses.sum(), params)]
-
-for backend in ("auto", "operator"):
-    with mtml_fast.ops.backend(backend):
-        before = results()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            print(all(map(torch.equal, before, results())))
-assert skin.cuda_skin_launches() >= 12
-"""
-    done = python(skins["mlp_adapt"], code)
-    assert done.stdout.splitlines() == ["True", "True"], done.stderr
-
-
 # the losses of a short run, by whoever serves, and by which way
 RUN = """
 import torch

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtml_fast.ops._define import OPERATORS, in_given_dtype, without_autocast
+from mtml_fast.ops._define import OPERATORS, in_given_dtype
 from mtml_fast.ops._library import LIB
 from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
 from mtml_fast.ops.mlp_adapt import factored
@@ -42,9 +42,6 @@ LIB.define("_mlp_adapt_backward(Tensor[] grad_outputs, Tensor[] tensors, Tensor 
 LIB.define("_mlp_adapt_gradients(Tensor[] tensors, Tensor settings) -> Tensor[]")
 # the plan of the kernels and its cost, as JSON text
 LIB.define("_mlp_adapt_plan(Tensor[] tensors, Tensor settings, bool keeps_state) -> Tensor")
-
-for _name in ("_mlp_adapt_saving", "_mlp_adapt_backward"):
-    without_autocast(_name)
 
 _SAVING, _BACKWARD, _GRADIENTS, _PLAN = (
     getattr(torch.ops.mtml_fast, f"_mlp_adapt_{name}").default for name in ("saving", "backward", "gradients", "plan")
