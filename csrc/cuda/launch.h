@@ -30,6 +30,15 @@ inline cudaError_t take(cudaError_t error) {
   return error;
 }
 
+// What a block of the current device may have of shared memory when it asks.
+inline cudaError_t shared_memory_limit(int64_t* bytes) {
+  int device, limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = limit;
+  return take(error);
+}
+
 // kernel(arguments...) on `blocks` blocks, or on as many as a grid may have: a kernel goes over its blocks in steps of
 // gridDim.x.
 template <class... Parameters>
@@ -39,8 +48,11 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   if (blocks == 0) return cudaSuccess;
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // all that there is, and not what this launch needs: another thread may be about to launch the kernel with more
+    int64_t limit;
+    cudaError_t error = shared_memory_limit(&limit);
+    if (error != cudaSuccess) return error;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limit));
     if (error != cudaSuccess) return take(error);
   }
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(blocks, MTML_MAX_BLOCKS)));

@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(kThreads) linear_adapt_backward(const __grid_c
     const T* d_fast = call.d_fast ? call.d_fast + t * at.params_size : nullptr;
 
     query_cotangents(task);
-    for (int i = threadIdx.x; i < n * at.ld && call.second_order && call.weight.moves; i += blockDim.x)
-      task.gram()[i] = state[at.gram + i];
+    // rows are padded: what is behind them nobody has written
+    for (int i = threadIdx.x; i < n * n && call.second_order && call.weight.moves; i += blockDim.x)
+      task.gram()[i / n * at.ld + i % n] = state[at.gram + i / n * at.ld + i % n];
     for (int i = threadIdx.x; i < n * C; i += blockDim.x) {
       task.own(1)[i] = 0;
       if (call.momentum != 0) task.own(2)[i] = 0;

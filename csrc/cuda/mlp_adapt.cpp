@@ -100,14 +100,25 @@ class Products {
   Tensors kept_;
   Tensor support_u_, query_u_;
 
-  static Tensor matmul(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, b); }
+  // of matrices, or of as many as there are tasks, into an array of their own type: what products return is of another
+  // under autocast
+  static Tensor matmul(const Tensor& a, const Tensor& b) {
+    std::vector<int64_t> sizes;
+    for (int64_t axis = 0; axis + 1 < a.dim(); ++axis) sizes.push_back(a.size(axis));
+    sizes.push_back(b.size(b.dim() - 1));
+    using torch::stable::detail::from;
+    StableIValue stack[] = {from(a), from(b), from(torch::stable::new_empty(a, sizes))};
+    const char* op = a.dim() == 2 ? "aten::mm" : "aten::bmm";
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
   static Tensor turned(const Tensor& x) { return torch::stable::transpose(x, 1, 2); }
   static Tensor rows(const Tensor& x) { return torch::stable::flatten(x, 0, 1); }
   static Tensor room_of(const Tensor& x, int64_t width) {
     return torch::stable::new_empty(x, {x.size(0) * x.size(1), width});
   }
-  const T* keep(Tensor x) {
-    kept_.push_back(x.is_contiguous() ? x : torch::stable::contiguous(x));
+  const T* keep(const Tensor& x) {
+    kept_.push_back(x);
     return static_cast<const T*>(kept_.back().const_data_ptr());
   }
 };

@@ -107,15 +107,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// what a block may have when it asks
-inline cudaError_t shared_memory_limit(int64_t* bytes) {
-  int device, limit;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes = error == cudaSuccess ? std::min<int64_t>(limit, MTML_MAX_SHARED) : 0;
-  return take(error);
-}
-
 // Of more weights than this the first layer is worth products over all tasks' rows; below zero it always is, for tests.
 #ifndef MTML_GRAM_WEIGHTS
 #define MTML_GRAM_WEIGHTS 8192
@@ -158,7 +149,7 @@ int forward(const MlpArguments<T>& arguments, const MlpGram<T>* gram, bool keeps
   if (error != cudaSuccess) return error;
   Plan<T> plan(arguments, gram, keeps, false);
   plan.place_state(state);
-  plan.place_shared(limit);
+  plan.place_shared(std::min<int64_t>(limit, MTML_MAX_SHARED));
   if (!keeps) {
     // nobody asks for what lies in shared memory
     for (Room<T>* room : {&plan.network.theta, &plan.network.record, &plan.network.evaluation})
@@ -177,7 +168,7 @@ int backward(const MlpArguments<T>& arguments, const MlpGram<T>* gram, const T* 
   Plan<T> plan(arguments, gram, true, true);
   plan.place_state(const_cast<T*>(state));
   plan.place_workspace(workspace);
-  plan.place_shared(limit);
+  plan.place_shared(std::min<int64_t>(limit, MTML_MAX_SHARED));
   return launch(mlp_adapt_backward<T>, plan.network.tasks, kThreads, plan.shared_bytes,
                 static_cast<cudaStream_t>(stream), plan.network);
 }

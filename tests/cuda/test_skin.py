@@ -184,3 +184,22 @@ print(call([x], [x], [torch.ones(())], [], 0.0, 0.0, None)[0].sum().item())
         "built for none"
     )
     assert after == "0.0"
+
+
+def test_gram_form_under_autocast(skins):
+    """torch's products are those of the features' own type there too."""
+    code = """
+from mtml_fast.ops import mlp_adapt
+skin.cuda_skin_always_gram()
+torch.manual_seed(0)
+params = [torch.randn(shape, requires_grad=True) for shape in ((6, 9), (6,), (3, 6), (3,))]
+x, y = torch.randn(2, 4, 9), torch.randint(3, (2, 4))
+def results():
+    losses = mlp_adapt(params, x, y, x, y, lr=0.1, steps=2).losses
+    return [losses.detach(), *torch.autograd.grad(losses.sum(), params)]
+plain = results()
+with torch.autocast("cpu", torch.bfloat16):
+    print(all(map(torch.equal, plain, results())))
+"""
+    done = python(skins["mlp_adapt"], code)
+    assert done.stdout == "True\n", done.stderr
