@@ -40,6 +40,14 @@ print(json.dumps({
 }))
 """
 
+# a build without nvcc, or with that of another CUDA, passes, and everything below it on the reference too
+LIBRARY = """
+import sys
+from mtml_fast.ops._library import cuda_build_info, cuda_status
+print(cuda_status())
+sys.exit(cuda_build_info() is None)
+"""
+
 
 @dataclass
 class Part:
@@ -92,7 +100,7 @@ def parts(device: str, about: dict, folder: Path) -> list[Part]:
     module = lambda name, *more: [PYTHON, "-m", f"benchmarks.gpu.{name}", "--device", device, *more]  # noqa: E731
     return [
         _build(device, about),
-        Part("env", 40, {"": [PYTHON, "-m", "mtml_fast.env"]}),
+        _environment(device),
         Part("operators", 70, {"": module("checks", "operators")}),
         Part("precision", 30, {"": module("precision")}),
         Part("trainers", 80, {"": module("checks", "trainers")}),
@@ -109,10 +117,21 @@ def _build(device: str, about: dict) -> Part:
     part = Part("build", 200, {"": [PYTHON, "setup.py", "-q", "build_ext", "--inplace"]})
     # the machine code of this device alone: a build for all of them takes as many times as long
     part.environment = {"TORCH_CUDA_ARCH_LIST": f"{about['capability']}+PTX"} if device != "cpu" else {}
+    # where CUDA is installed, and not always in the PATH
+    home, named = Path("/usr/local/cuda"), os.environ.get("CUDA_HOME") or shutil.which("nvcc")
+    if device != "cpu" and not named and (home / "bin/nvcc").exists():
+        part.environment["CUDA_HOME"] = str(home)
     if lacks:
         part.missing = f"{' and '.join(lacks)}; what was built before serves, else Triton and the PyTorch reference"
     elif device == "cpu":
         part.missing, part.needed = "a GPU: what was built before serves", False
+    return part
+
+
+def _environment(device: str) -> Part:
+    part = Part("env", 40, {"": [PYTHON, "-m", "mtml_fast.env"]})
+    if device != "cpu":
+        part.commands["library"] = [PYTHON, "-c", LIBRARY]
     return part
 
 
@@ -211,9 +230,11 @@ def sanitizer_fault(text: str, code: int | None) -> str:
         return f"exit code {code}"
     # a report names kernels, "at void mtml::..."; those of torch and of CUDA's libraries are not our matter
     triton = [p.read_text() for p in sorted((ROOT / "mtml_fast/ops").glob("*/triton.py"))]
-    names = ["mtml::", *(name for source in triton for name in re.findall(r"@triton\.jit.*?\ndef (\w+)", source, re.S))]
+    names = [name for source in triton for name in re.findall(r"@triton\.jit.*?\ndef (\w+)", source, re.S)]
+    # not any word of a report: some of Triton's functions have names like "number"
+    ours = re.compile(rf" at (void )?(mtml::|({'|'.join(names)})\b)")
     for line in text.splitlines():
-        if line.startswith("=========") and any(f" at {name}" in line or f" {name}" in line for name in names):
+        if line.startswith("=========") and ours.search(line):
             return f"{summaries[-1].strip('= ')}: {line.strip('= ')}"
     return ""
 

@@ -81,6 +81,14 @@ def test_a_part_that_fails(log, capsys):
     assert "could not run: it lacks pytest: less is checked" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here")
+def test_a_build_without_kernels_shows(log, capsys):
+    part = gpu_check.parts("cuda", {"capability": "9.0", "torch": "2.11.0"}, Path("out"))[1]
+    part.commands.pop("")
+    assert gpu_check.run(part, 100, log) == "failed"
+    assert f"no CUDA library: torch {torch.__version__} is built without CUDA" in capsys.readouterr().out
+
+
 def test_what_is_lacking_is_named(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("pytest", "ninja") else there(name))
@@ -88,7 +96,7 @@ def test_what_is_lacking_is_named(monkeypatch):
     about = {"device": "a GPU", "capability": "9.0", "torch": "2.11.0"}
     parts = {part.name: part for part in gpu_check.parts("cuda", about, Path("out"))}
     assert parts["build"].missing.startswith("ninja; what was built before serves")
-    assert parts["build"].environment == {"TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    assert parts["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0+PTX"
     assert parts["battery"].missing.startswith("pytest")
     assert parts["sanitizer"].missing.startswith("compute-sanitizer")
     assert all(part.needed for part in parts.values())
@@ -112,6 +120,8 @@ def test_what_the_sanitizer_found():
     assert fault(FOUND.format(kernel="at::native::vectorized_elementwise_kernel"), 0) == ""
     for kernel in ("mtml::cuda::mlp", "_gram"):
         assert fault(FOUND.format(kernel=kernel), 0).startswith("ERROR SUMMARY: 1 error: at void")
+    # a word that is a function's name too
+    assert fault("========= Host Frame: at::product number\n========= ERROR SUMMARY: 0 errors", 0) == ""
     assert fault("Segmentation fault", 139) == "it did not finish (exit code 139)"
     assert fault("off by 1.0\n========= ERROR SUMMARY: 0 errors", 1) == "exit code 1"
 

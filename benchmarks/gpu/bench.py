@@ -87,8 +87,10 @@ def as_graph(build: Build) -> Build:
                 provider.call()
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, stream=stream):
-                results = provider.call()
+            # the stream by itself too: a capture that fails does not give the one before back
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+                # without what autograd knows: it would tie the parameters, which all share, to this stream
+                results = [result.detach() for result in provider.call()]
         except RuntimeError as error:
             raise Unavailable(f"cannot be captured: {' '.join(str(error).split())[:120]}", recorded=True) from None
         finally:
