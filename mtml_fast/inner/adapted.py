@@ -165,6 +165,9 @@ class Adapted:
         if missing:
             raise ValueError(f"path must be a file of Adapted.save, got {os.fspath(path)} (without {missing[0]!r})")
         model = copy.deepcopy(model)
+        # a file's tensors are on the CPU
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        tensors = {name: t.to(device) for name, t in tensors.items()}
         state, own = part("model/"), model.state_dict()
         for name in sorted({*state, *own}):
             if name not in state or name not in own or state[name].shape != own[name].shape:

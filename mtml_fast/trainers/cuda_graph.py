@@ -157,7 +157,8 @@ class CudaGraphs:
         host = torch.get_rng_state()
         with torch.cuda.device(self._device):
             try:
-                with torch.cuda.graph(graph, stream=self._stream):
+                # the stream by itself too: a capture that fails does not give the one before back
+                with torch.cuda.stream(self._stream), torch.cuda.graph(graph, stream=self._stream):
                     outcome = function()
             except RuntimeError as error:
                 raise RuntimeError(

@@ -481,7 +481,10 @@ class Trainer:
         self.algorithm.load_state_dict(state["algorithm"])
         self.step, self.seconds, self._random = state["step"], state["seconds"], state["random"]
         self.monitor, self.best, self._without_better = state["monitor"], state["best"], state["without_better"]
-        self.history, self._losses, self._accuracies = state["history"], state["losses"], state["accuracies"]
+        self.history = state["history"]
+        # a file's tensors are on the CPU, and those of the steps to come will join these
+        self._losses = [loss.to(self._device) for loss in state["losses"]]
+        self._accuracies = [accuracy.to(self._device) for accuracy in state["accuracies"]]
 
 
 def _described_validation(tasks: Any, num_tasks: int, steps: int | None) -> dict:

@@ -225,6 +225,8 @@ def test_save_and_load(tmp_path, policy):
         assert torch.equal(loaded(batch.query), adapted(batch.query))
         again, more = (a.update(batch.support).parameters for a in (loaded, adapted))
         assert all(torch.equal(again[name], more[name]) for name in more)
+        there = mf.Adapted.load(tmp_path / "adapted.safetensors", Conv(3).double().to("meta"))
+        assert there(mf.TaskRows(batch.query.x.to("meta"))).device.type == "meta"
     with pytest.raises(ValueError, match="model must be the one that was saved"):
         mf.Adapted.load(tmp_path / "adapted.safetensors", Conv(4).double())
     with pytest.raises(FileNotFoundError, match="nowhere"):
