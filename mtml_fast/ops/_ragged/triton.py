@@ -20,6 +20,8 @@ ROWS: tl.constexpr = tl.constexpr(64)
 PARTS: tl.constexpr = tl.constexpr(16)
 # columns of a tile of dx and dW, elements of a program that adds parts
 COLUMNS, ELEMENTS = 32, 1024
+# CUDA takes no more programs along the second and the third axis of a grid
+MOST_PROGRAMS = 65535
 
 
 class Rows(NamedTuple):
@@ -140,7 +142,8 @@ class Sums:
 
     def added(self) -> list[Tensor | None]:
         if any(self.needs) and self.outputs.total:
-            blocks = triton.cdiv(self.outputs.mean * max(self.features, 1), ELEMENTS)
+            # of a large head more than one turn each
+            blocks = min(MOST_PROGRAMS, triton.cdiv(self.outputs.mean * max(self.features, 1), ELEMENTS))
             _add_parts[self.rows.tasks, blocks](
                 *self.partial, *self.to, self.rows.offsets, *self.outputs.table, self.total, self.features,
                 WEIGHT=self.needs[0], BIAS=self.needs[1], COLUMNS=ELEMENTS, num_warps=4, enable_fp_fusion=True,
