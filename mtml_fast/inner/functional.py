@@ -215,7 +215,7 @@ class FunctionalPlan:
         """
         if self.inner.loss in self._known.tried:
             return
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), _check.forked_random(support.x):
             one = _rectangle(support, [0])
             plan = FunctionalPlan(self.model, replace(self.inner, steps=1, lr=0.0, first_order=True), self.why)
             theta = plan._adapt(one, {})
@@ -292,7 +292,7 @@ class FunctionalPlan:
 
     def _forward_cost(self, x: Tensor) -> tuple[int, int]:
         # a run that draws at random must not notice that its memory was estimated
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), _check.forked_random(x):
             return forward_cost(lambda: self._call({}, x))
 
 

@@ -6,6 +6,7 @@ free, on the CPU and outside of compilation and transforms, and never on a devic
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -162,3 +163,9 @@ def readable(value: Tensor) -> bool:
 def cuda_device() -> str | None:
     """The name of the CUDA device, where there is one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def forked_random(like: Tensor) -> contextlib.AbstractContextManager:
+    """Puts the random numbers of the CPU and of a tensor's device back; of no other, which torch would warn of."""
+    device = like.device
+    return torch.random.fork_rng([device.index] if device.type == "cuda" else [])
