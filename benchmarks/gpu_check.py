@@ -137,7 +137,9 @@ def _environment(device: str) -> Part:
 
 def _battery(device: str, about: dict) -> Part:
     files = [f"tests/ops/test_{name}.py" for name in OPERATORS]
-    command = [PYTHON, "-m", "pytest", *files, "-k", "test_battery", "-p", "no:cacheprovider", "--maxfail", "25"]
+    command = [PYTHON, "-m", "pytest", *files, "-k", "test_battery", "--maxfail", "25"]
+    # some plugins write, or warn beside others, where they are installed
+    command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     # who serves an operator, and what a torch of this version warns of, is not the battery's matter
     command += ["-W", "ignore::RuntimeWarning", "-W", "ignore::UserWarning", "-W", "ignore::DeprecationWarning"]
     command += ["-W", "ignore::FutureWarning", "--tb", "short", "--show-capture", "no"]

@@ -112,7 +112,8 @@ def tried(build: Build) -> Build:
         provider = build(settings)
         try:
             provider.results()
-        except RuntimeError as error:
+        except Exception as error:
+            # of whatever kind: the workload's other providers have done nothing wrong
             provider.close()
             raise Unavailable(f"cannot: {' '.join(str(error).split())[:120]}", recorded=True) from None
         return provider

@@ -54,7 +54,8 @@ def heads_loss(*arguments) -> Tensor:
     call = _Call(arguments)
     rows = call.head.rows
     losses = call.head.x.new_empty(rows.tasks)
-    sums = losses.new_empty(2, rows.slots, dtype=torch.float64)
+    # two arrays: Triton compiles anew for one that begins elsewhere than at a multiple of 16 bytes
+    sums = [losses.new_empty(rows.slots, dtype=torch.float64) for _ in range(2)]
     if rows.slots:
         _losses[(rows.slots,)](*call.inputs, rows.tasks, *sums, **call.flags, **call.options)
     if rows.tasks:
