@@ -158,6 +158,28 @@ def test_maml_resumes_to_the_same_bits(tmp_path):
     assert parts.adapt(test.sample(2).support, steps=5).num_tasks == 2
 
 
+# which torch finds worth a warning
+@pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")
+def test_a_run_resumes_where_its_algorithm_is(tmp_path):
+    """With losses since the last row of history, which those of the next steps will join."""
+
+    def trainer(device):
+        return Trainer(Pooled().to(device), Lines(), meta_batch=4, log_every=5, progress=False, checkpoint=tmp_path)
+
+    def interrupted():
+        _train_step()
+        if first.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    first = trainer("cpu")
+    _train_step, first._train_step = first._train_step, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(20)
+    resumed = trainer("meta")
+    assert (resumed.step, len(resumed._losses), len(resumed._accuracies)) == (7, 2, 2)
+    assert {t.device.type for t in (*resumed._losses, *resumed._accuracies)} == {"meta"}
+
+
 def test_early_stopping_survives_a_resume(tmp_path):
     class Worsening(Pooled):
         def forward(self, batch, steps=None):
