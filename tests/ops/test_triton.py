@@ -288,6 +288,17 @@ print(precision(torch.float32), precision(torch.float64))
 
 
 @needs_triton
+def test_the_grid_of_a_large_head():
+    """CUDA takes 65535 programs along the second axis."""
+    from mtml_fast.ops._ragged.triton import Rows, Sums, equal_outputs
+
+    rows, x = Rows(torch.tensor([0, 64], device="meta"), 1, 64), torch.empty(64, 4096, device="meta")
+    with triton_kernels.noted() as launches:
+        Sums(rows, equal_outputs(rows, 40_000), x, (True, True)).added()
+    assert [launch.grid for launch in launches] == [(1, 65535)]
+
+
+@needs_triton
 def test_one_kernel_for_all_leaves():
     """Triton makes kernels of their own for small numbers, for 1 and for multiples of 16: no address is one of them."""
     launches = triton_kernels.all_launches().values()
