@@ -237,7 +237,7 @@ def test_failed_checks_are_counted(capsys):
 def test_workloads_are_what_their_names_say():
     for small in (True, False):
         made = bench.workloads("cpu", small)
-        assert len(made) == 13
+        assert len(made) == 14
         for make in made if small else made[:2]:
             workload = make()
             assert workload.suite == "surgery" or "mtml_fast graph" in workload.ours

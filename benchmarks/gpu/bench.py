@@ -130,6 +130,9 @@ def workloads(device: str, small: bool) -> list[Callable[[], Workload]]:
         widths, tasks = ([20, 16, 5], 3) if small else ([784, 256, 128, 64, 64, 5], 32)
         case = f"omniglot {'-'.join(map(str, widths))} T={tasks} N=5 Q={query} K={steps}"
         made.append(partial(inner, case, partial(_classes, widths, tasks, query, steps), device))
+    wide, tasks = ([20, 24, 24, 5], 3) if small else ([784, 1024, 1024, 10], 32)
+    step = partial(MetaStep.random, wide, tasks, 5, 15, lr=0.01, steps=5)
+    made.append(partial(inner, f"wide {'-'.join(map(str, wide))} T={tasks} N=5 Q=15 K=5", step, device))
     features = 16 if small else 512
     head = partial(MetaStep.random, [features, 5], 32, 25, 75, lr=0.01, steps=5)
     made.append(partial(inner, f"head {features}-5 T=32 N=25 Q=75 K=5", head, device))

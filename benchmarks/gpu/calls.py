@@ -152,6 +152,8 @@ _CALLS = (
     ("mlp_adapt first order", "mlp_adapt", mlp_adapt, _mlp([12, 40, 5], 4, 5, 9, first_order=True)),
     ("mlp_adapt of a wide network", "mlp_adapt", mlp_adapt, _mlp([200, 128, 64, 5], 4, 5, 9)),
     ("mlp_adapt on fixed features", "mlp_adapt", _on_fixed_features, _mlp([200, 128, 64, 5], 4, 5, 9)),
+    # wide enough to go layer by layer: 5 rows with 412,800 weights behind the first layer
+    ("mlp_adapt layer by layer", "mlp_adapt", mlp_adapt, _mlp([24, 640, 640, 5], 3, 5, 4)),
     ("mlp_adapt of linear heads", "mlp_adapt", mlp_adapt, _mlp([96, 5], 4, 10, 12)),
     ("heads", "heads", heads, _ragged(None)),
     ("heads with a hidden layer", "heads", heads, _ragged(24)),

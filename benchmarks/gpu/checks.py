@@ -119,7 +119,8 @@ def _captured(call: Call, other: Call, exact: Exact) -> str:
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, stream=stream):
+    # the stream by itself too: a capture that fails does not give the one before back
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         results = call()
     call.take(other)
     for _ in range(2):
