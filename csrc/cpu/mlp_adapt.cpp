@@ -153,14 +153,9 @@ Tensors gradients_cpu(const Tensors& tensors, const Tensor& settings) {
   return call.is_float() ? gradients<float>(call) : gradients<double>(call);
 }
 
-// the text of the plan, one byte a character
 Tensor plan_cpu(const Tensors& tensors, const Tensor& settings, bool keeps_state) {
   const Call call(tensors, settings);
-  const std::string text = call.is_float() ? plan<float>(call, keeps_state) : plan<double>(call, keeps_state);
-  const int64_t size = static_cast<int64_t>(text.size());
-  const Tensor result = empty(Shape{&size, 1}, aoti_torch_dtype_uint8());
-  std::copy(text.begin(), text.end(), data<char>(result));
-  return result;
+  return bytes_of(call.is_float() ? plan<float>(call, keeps_state) : plan<double>(call, keeps_state));
 }
 
 }  // namespace

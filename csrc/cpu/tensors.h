@@ -115,5 +115,13 @@ T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+// one byte a character
+inline Tensor bytes_of(const std::string& text) {
+  const int64_t size = static_cast<int64_t>(text.size());
+  const Tensor result = empty(Shape{&size, 1}, aoti_torch_dtype_uint8());
+  std::copy(text.begin(), text.end(), data<char>(result));
+  return result;
+}
+
 }  // namespace
 }  // namespace mtml

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <sstream>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -196,6 +198,28 @@ Tensors backward(const Call& call, const Features& x, const Tensors& grad_output
   return gradients;
 }
 
+// The form of each layer and what lies in the device's memory, as mlp_adapt_plan of the CPU says it.
+template <class T>
+std::string plan(const Call& call) {
+  MlpSetup<T> setup(call, /*readable=*/false);
+  setup.want(call.needs);
+  const MlpArguments<T>& a = setup.arguments();
+  check_layers(a.options.layers);
+  const bool backward = std::find(call.needs.begin(), call.needs.end(), true) != call.needs.end();
+  int64_t bytes = state_size(a, backward) * static_cast<int64_t>(sizeof(T));
+  if (backward && is_linear(a)) bytes += Kernels<T>::linear_workspace(&a) * static_cast<int64_t>(sizeof(T));
+  if (backward && !is_linear(a)) bytes += Kernels<T>::workspace(&a, is_gram(a)) * static_cast<int64_t>(sizeof(double));
+  std::ostringstream out;
+  out << "{\"layers\": [";
+  for (int64_t l = 0; l < a.options.layers; ++l) {
+    const bool by_rows = l == 0 && (is_linear(a) || is_gram(a));
+    out << (l ? ", " : "") << "{\"in\": " << a.options.widths[l] << ", \"out\": " << a.options.widths[l + 1]
+        << ", \"form\": \"" << (by_rows ? "gram" : "dense") << "\"}";
+  }
+  out << "], \"bytes\": " << bytes << "}";
+  return out.str();
+}
+
 // All tensors of a call, whose device theirs must be.
 Tensors all_of(const Tensors& params, const Tensors& lr, std::initializer_list<Tensor> more,
                std::initializer_list<MaybeTensor> optional) {
@@ -241,6 +265,12 @@ Tensors saving_cuda(const Tensors& tensors, const Tensor& settings) {
                          : saving<double>(call, features(call, tensors), call.needs, false, device);
 }
 
+Tensor plan_cuda(const Tensors& tensors, const Tensor& settings, bool) {
+  const Call call(tensors, settings);
+  const Device device("mlp_adapt", {&tensors});
+  return bytes_of(call.is_float() ? plan<float>(call) : plan<double>(call));
+}
+
 Tensors backward_from_state_cuda(const Tensors& grad_outputs, const Tensors& tensors, const Tensor& settings,
                                  const Tensor& state) {
   const Call call(tensors, settings);
@@ -261,4 +291,5 @@ STABLE_TORCH_LIBRARY_IMPL(mtml_fast, CUDA, m) {
   m.impl("mlp_adapt_backward", TORCH_BOX(&mtml::backward_cuda));
   m.impl("_mlp_adapt_saving", TORCH_BOX(&mtml::saving_cuda));
   m.impl("_mlp_adapt_backward", TORCH_BOX(&mtml::backward_from_state_cuda));
+  m.impl("_mlp_adapt_plan", TORCH_BOX(&mtml::plan_cuda));
 }

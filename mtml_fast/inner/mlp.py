@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Mapping
 from functools import cached_property
@@ -142,7 +141,7 @@ class MLPPlan:
         return masked_outputs(outputs[:, None], mask, self.inner.loss).squeeze(1)
 
     def forms(self, batch: TaskBatch) -> list[str]:
-        """The form in which native kernels compute each layer; none where they do not serve."""
+        """The form in which each layer is computed; none where the reference serves."""
         known = self._kernel_plan(batch)
         return [f"{layer['in']}-{layer['out']} {layer['form']}" for layer in known["layers"]] if known else []
 
@@ -167,8 +166,7 @@ class MLPPlan:
             return None
         x, query_x = self._features(support), self._features(query)
         keeps_state = self.inner.store == "all"
-        text = eager.plan(self._arguments(support, x, query, query_x), backward=True, keeps_state=keeps_state)
-        return None if text is None else json.loads(text)
+        return eager.plan(self._arguments(support, x, query, query_x), backward=True, keeps_state=keeps_state)
 
     def _arguments(self, support: TaskRows, x: Tensor, query: TaskRows, query_x: Tensor) -> tuple:
         """The operator's, without checks."""

@@ -61,7 +61,7 @@ class Explanation:
     steps: int
     operations: int
     bytes: int
-    forms: tuple[str, ...] = ()  # of each layer in native kernels
+    forms: tuple[str, ...] = ()  # of each layer, but by the reference
 
     def __str__(self) -> str:
         served = ", ".join(f"{name}: {by}" for name, by in self.served_by.items())
@@ -86,7 +86,7 @@ def explain(model: nn.Module, batch: TaskBatch, **inner) -> Explanation:
 
     Returns:
         The same as an object: plan, why, served_by, operations and bytes of forward and backward, predicted by
-        counting and not measured; and, for native kernels, the form in which each layer is computed: "dense" (a
+        counting and not measured; and, but for the reference, the form in which each layer is computed: "dense" (a
         weight for each task), "factored" (the shared weight, and the task's change as a product of factors) or
         "gram" (the same where the layer's input stays: only products of rows).
 

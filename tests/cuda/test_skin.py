@@ -121,6 +121,23 @@ for tasks, widths, steps, rates in ((2, (3, 4, 2), 1, False), (9, (3, 5, 5, 5, 2
     assert done.stdout.splitlines() == ["1 2", "1 2", "1 3"], done.stderr
 
 
+def test_what_explain_says(skins):
+    code = """
+import mtml_fast as mf
+torch.manual_seed(0)
+x, y = torch.randn(3, 5, 8), torch.randint(0, 4, (3, 5))
+batch = mf.TaskBatch(mf.TaskRows(x, y), mf.TaskRows(x, y))
+for widths in ((), (16, 12), (9,)):
+    if widths == (9,): skin.cuda_skin_always_gram()
+    said = mf.explain(mf.nn.mlp(8, widths, 4), batch, steps=2)
+    print(said.forms, said.operations > 0, said.bytes > 4000)
+"""
+    done = python(skins["mlp_adapt"], code)
+    forms = [line for line in done.stdout.splitlines() if line.startswith("(")]
+    expected = [("8-4 gram",), ("8-16 dense", "16-12 dense", "12-4 dense"), ("8-9 gram", "9-4 dense")]
+    assert forms == [f"{each} True True" for each in expected], done.stdout + done.stderr
+
+
 # the losses of a short run, by whoever serves, and by which way
 RUN = """
 import torch

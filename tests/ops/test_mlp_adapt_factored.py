@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mtml_fast as mf
 from mtml_fast.ops import mlp_adapt
 from mtml_fast.ops._route import TorchDispatchMode
 from mtml_fast.ops.mlp_adapt import _arguments, eager, factored
@@ -162,6 +163,35 @@ def test_no_weight_of_a_task_is_built(served):
         _, losses, _ = factored.adapt(*arguments)
         torch.autograd.grad(losses.sum(), call["params"])
     assert largest < 4 * 64 * 512 * 512 / 16
+
+
+@native
+def test_what_explain_says(served):
+    torch.manual_seed(0)
+    rows = mf.TaskRows(torch.randn(3, 5, 8), torch.randint(0, 4, (3, 5)))
+    batch = mf.TaskBatch(rows, rows)
+    model = mf.nn.mlp(8, (16, 12), 4)
+    said = mf.explain(model, batch, steps=2)
+    assert said.forms == ("8-16 gram", "16-12 factored", "12-4 factored")
+    # more steps keep more factors: 1 + 2 + 3 + 4 sets of them in the place of 1 + 2
+    assert 2 * said.bytes < mf.explain(model, batch, steps=4).bytes < 4 * said.bytes
+
+
+def test_bytes_that_autograd_keeps():
+    """What `plan` counts, against what is really kept."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+        return t
+
+    arguments = arguments_of(16, 96, 80, 5, tasks=8, shots=4, steps=5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        results = factored.adapt(*arguments)
+    inputs = {t.untyped_storage().data_ptr() for t in (*arguments[0], *arguments[2:6])}
+    found = sum(size for place, (size, _) in kept.items() if place not in inputs)
+    assert results[1].requires_grad
+    assert 0.5 * found < factored.plan(arguments)["bytes"] < 1.5 * found
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

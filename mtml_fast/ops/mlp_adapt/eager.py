@@ -7,6 +7,7 @@ the same. The backward passes here have no derivative of their own and say so.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import compress
@@ -109,18 +110,23 @@ def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None
         return None
 
 
-def plan(arguments: tuple, backward: bool, keeps_state: bool) -> str | None:
-    """The native kernels' plan as JSON; `None` where they do not serve.
+def plan(arguments: tuple, backward: bool, keeps_state: bool) -> dict | None:
+    """Each layer's form and what it costs: layers, bytes and perhaps operations; `None` where the reference serves.
 
     keeps_state: whether the forward sweep leaves its state for the backward sweep.
     """
     tensors = _tensors(arguments)
-    if tensors is None or not _has_gradients_at_once(tensors):
+    if tensors is None:
+        return None
+    by_kernels = _served(tensors)
+    if _is_factored(arguments, by_kernels):
+        return factored.plan(arguments)
+    if not by_kernels:
         return None
     needs = tuple([backward and needed for needed in _needs(arguments, tensors)])
     with torch.no_grad():
         text = _PLAN(tensors, _settings(arguments, needs), keeps_state)
-    return bytes(text.tolist()).decode()
+    return json.loads(bytes(text.tolist()))
 
 
 def _tensors(arguments: tuple) -> list[Tensor] | None:

@@ -42,6 +42,21 @@ def pays(arguments: tuple) -> bool:
     return len(later) >= 16 or support_x.shape[1] * sum(w.shape[-2] * w.shape[-1] for w in later) >= WIDE
 
 
+def plan(arguments: tuple) -> dict:
+    """Each layer's form, and the bytes of what autograd keeps: the most are factors."""
+    params, _, support_x, _, query_x, *_ = arguments
+    steps, bias, norm = arguments[10], *arguments[13:15]
+    weights = params[:: 1 + bias + 2 * norm]
+    sizes = [w.shape[-1] + w.shape[-2] for w in weights]
+    rows, outputs = support_x.shape[:2].numel(), sum(w.shape[-2] for w in weights)
+    # every step keeps the factors of those before it, and its rows at each layer on both ways; all evaluations theirs
+    numbers = rows * (steps * (steps + 1) // 2 * sum(sizes[1:]) + 4 * steps * outputs)
+    numbers += query_x.shape[:2].numel() * outputs * (steps + 1 if arguments[20] else 1)
+    forms = ("gram", *["factored"] * (len(weights) - 1))
+    layers = [{"in": w.shape[-1], "out": w.shape[-2], "form": form} for w, form in zip(weights, forms, strict=True)]
+    return {"layers": layers, "bytes": numbers * support_x.element_size()}
+
+
 def adapt(
     params: list[Tensor],
     lr: list[Tensor],
