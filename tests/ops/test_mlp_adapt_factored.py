@@ -144,6 +144,21 @@ def test_launches_are_a_matter_of_steps_and_layers():
     assert both - forward <= 3 * 27
 
 
+def test_layers_that_stay_are_passed_once():
+    """A frozen body is no part of the steps; its gradient is."""
+
+    def products(steps):
+        arguments = arguments_of(8, 7, 6, 3, steps=steps, adapted=[False] * 4 + [True] * 2)
+        with Launches() as mode:
+            _, losses, _ = factored.adapt(*arguments)
+        gradients = torch.autograd.grad(losses.sum(), arguments[0])
+        assert all(g.any() for g in gradients)
+        return mode.count["mm"] + mode.count["bmm"]
+
+    # of support and query rows: two layers, and the head's products with W_0 and X, once for any number of steps
+    assert products(2) == products(5) == 8
+
+
 @native
 def test_no_weight_of_a_task_is_built(served):
     """Memory: factors of rows, where dense weights of 64 tasks would be 64 x 5 matrices."""
@@ -216,4 +231,6 @@ def test_gradients_that_are_zero_are_there(served, steps):
     of_rates, of_rows = torch.autograd.grad(losses.sum(), [call["lr"], call["support_x"]])
     assert (of_rates != 0) == (steps > 0)
     assert not of_rows.any()
-    assert served[True] == 1
+    outputs = mlp_adapt(**call).outputs
+    assert not torch.autograd.grad(outputs.sum(), [call["support_x"]])[0].any()
+    assert served[True] == 2

@@ -83,24 +83,24 @@ def adapt(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results of the operator, without an axis of steps where there is one evaluation."""
     tasks, per_layer, last = len(support_x), 1 + bias + 2 * norm, len(params) - 1 - bias
-    # in first order the inner gradient is a constant; the rates are not
-    rows = support_x.detach() if first_order else support_x
     layers = []
     for i in range(0, len(params), per_layer):
-        weight = _Weight(params[i]) if i else _FirstWeight(params[i], rows)
         vectors = [p.unsqueeze(-2) for p in params[i + 1 : i + per_layer]]
-        layers.append(_Layer(weight, vectors, bias, norm_eps if norm and i < last else None, activation, i == last))
+        layers.append(_Layer(params[i], vectors, bias, norm_eps if norm and i < last else None, activation, i == last))
+    # what stays in front of all that moves is passed once; the first that moves has the same rows in every step
+    begin = adapted.index(True) // per_layer if any(adapted) else 0
+    support, query = (_forward(layers[:begin], x) for x in (support_x, query_x))
+    if first_order:
+        # the inner gradient is a constant; the rates are not
+        support = support.detach()
+    moving = layers[begin:]
+    moving[0].weight = _FirstWeight(params[begin * per_layer], support)
     slope = _slope_of(loss, support_y, class_mask, params[last])
     downhill = [-rate for rate in lr]
     outputs, losses = [], []
 
-    def forward(z: Tensor) -> Tensor:
-        for layer in layers:
-            z = layer.forward(z)
-        return z
-
     def answer() -> None:
-        z = forward(query_x)
+        z = _forward(moving, query)
         losses.append(z.new_zeros(tasks) if query_y is None else task_losses(z, query_y, loss, None, class_mask))
         if class_mask is not None:
             z = torch.where(class_mask[:, None], z, -torch.inf if loss == "cross_entropy" else 0.0)
@@ -112,10 +112,10 @@ def adapt(
         if not any(adapted):
             continue
         with torch.no_grad() if first_order else contextlib.nullcontext():
-            e = slope(forward(rows))
-            for layer in reversed(layers):
-                e = layer.backward(e, layer is not layers[0])
-        for i, layer in enumerate(layers):
+            e = slope(_forward(moving, support))
+            for layer in reversed(moving):
+                e = layer.backward(e, layer is not moving[0])
+        for i, layer in enumerate(moving, begin):
             places = range(i * per_layer, min((i + 1) * per_layer, len(params)))
             layer.move([_rate(downhill, k, p) if adapted[p] else None for p in places])
     answer()
@@ -123,11 +123,16 @@ def adapt(
     if return_parameters:
         dense = [t for layer in layers for t in (layer.weight.dense(), *layer.vectors)]
         fast = torch.cat([t.expand(tasks, *t.shape[-2:]).flatten(1) for t in dense], 1)
-    # gradients that are zero are zeros
-    losses[-1] = _Dependent.apply(losses[-1], *[t for t in (*lr, support_x) if t.requires_grad])
-    if every_step:
-        return torch.stack(outputs), torch.stack(losses), fast
-    return outputs[0], losses[0], fast
+    results = (torch.stack(outputs), torch.stack(losses), fast) if every_step else (outputs[0], losses[0], fast)
+    # of what takes no part the gradient is zero, as the operator's is
+    idle = [t for t in (*lr, support_x) if t.requires_grad]
+    return _Dependent.apply(*results, *idle) if idle else results
+
+
+def _forward(layers: Sequence[_Layer], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer.forward(x)
+    return x
 
 
 class _Weight:
@@ -181,8 +186,8 @@ def _plus(z: Tensor, x: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
 class _Layer:
     """A linear layer, perhaps a batch norm by each task's own rows, and, but for the last, an activation."""
 
-    def __init__(self, weight: _Weight, vectors: list[Tensor], bias: bool, norm_eps, activation: str, is_last: bool):
-        self.weight, self.norm_eps, self.is_last = weight, norm_eps, is_last
+    def __init__(self, weight: Tensor, vectors: list[Tensor], bias: bool, norm_eps, activation: str, is_last: bool):
+        self.weight, self.norm_eps, self.is_last = _Weight(weight), norm_eps, is_last
         # [1, O] or [T, 1, O]: bias, gain, shift
         self.vectors, self.has_bias = vectors, bias
         self.activation, self.slope = ACTIVATIONS[activation], SLOPES[activation]
@@ -276,13 +281,14 @@ def _rate(lr: list[Tensor], k: int, i: int) -> Tensor:
 
 
 class _Dependent(torch.autograd.Function):
-    """x, with derivatives by others that are zero."""
+    """Outputs, losses and parameters, with derivatives by others that are zero."""
 
     @staticmethod
-    def forward(ctx, x, *others):
-        ctx.save_for_backward(*others)
-        return x.view_as(x)
+    def forward(ctx, outputs, losses, fast, *idle):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*idle)
+        return tuple(t.view_as(t) for t in (outputs, losses, fast))
 
     @staticmethod
-    def backward(ctx, e):
-        return e, *[torch.zeros_like(t) for t in ctx.saved_tensors]
+    def backward(ctx, *cotangents):
+        return *cotangents, *[torch.zeros_like(t) for t in ctx.saved_tensors]
