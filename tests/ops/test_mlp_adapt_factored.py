@@ -99,6 +99,10 @@ def test_it_pays_for_wide_networks():
     assert not factored.pays(arguments_of(784, 256, 128, 64, 64, 5, shots=5))
     assert not factored.pays(arguments_of(4000, 1000, 5, shots=5))
     assert factored.pays(arguments_of(784, 1024, 1024, 10, shots=5))
+    assert factored.pays(arguments_of(4000, 1000, 5, shots=5, return_parameters=True))
+    of_features = network(4000, 1000, 5, shots=5)
+    of_features["query_x"].requires_grad_()
+    assert factored.pays(_arguments(**of_features)[0])
     # as many as the kernels take, and one more
     header = Path(__file__).parents[2] / "csrc/cuda/mlp_adapt.h"
     layers = int(re.search(r"kMlpLayers = (\d+);", header.read_text()).group(1))
