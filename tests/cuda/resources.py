@@ -1,24 +1,18 @@
-"""What the CUDA kernels take of a GPU, found without one: every .cu compiled for two architectures, and the compiler's
-figures held against csrc/cuda/resources.txt. `make cuda-check UPDATE=1` writes that table anew.
+"""What the CUDA kernels take of a GPU, found without one: nvcc's figures, as it says them where the library is built,
+held against csrc/cuda/resources.txt. `make cuda-check UPDATE=1` writes that table anew.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+from tests.cuda.library import ROOT, build, nvcc_release
+
 TABLE = ROOT / "csrc/cuda/resources.txt"
-ARCHITECTURES = ("sm_80", "sm_90")
-FLAGS = shlex.split("-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings -Xptxas -v")
 
 
 class Resources(NamedTuple):
@@ -30,33 +24,8 @@ class Resources(NamedTuple):
     spills: int  # bytes that did not fit into registers
 
 
-def nvcc_release() -> str | None:
-    """Such as "13.0.88", or `None` where there is no nvcc."""
-    if shutil.which("nvcc") is None:
-        return None
-    says = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"\bV([\d.]+)", says)[1]
-
-
-def measure(folder: Path) -> dict[tuple[str, str], Resources]:
-    """(kernel, architecture) -> its figures; objects go into the folder. Raises where a file does not compile."""
-
-    def compile_for(job: tuple[Path, str]) -> dict[tuple[str, str], Resources]:
-        source, name = job
-        code = f"-gencode=arch=compute_{name[3:]},code={name}"
-        target = folder / f"{source.stem}_{name}.o"
-        command = ["nvcc", *FLAGS, code, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)]
-        built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode:
-            raise RuntimeError(f"{source.name} does not compile:\n{built.stdout}{built.stderr}")
-        return _parse(built.stdout + built.stderr)
-
-    jobs = [(source, name) for source in SOURCES for name in ARCHITECTURES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {key: row for found in pool.map(compile_for, jobs) for key, row in found.items()}
-
-
-def _parse(log: str) -> dict[tuple[str, str], Resources]:
+def parse(log: str) -> dict[tuple[str, str], Resources]:
+    """(kernel, architecture) -> its figures, from what `library.build` tells."""
     log = subprocess.run(["c++filt"], input=log, capture_output=True, text=True, check=True).stdout
     found = {}
     for part in re.split(r"(?=Compiling entry function)", log)[1:]:
@@ -123,7 +92,8 @@ def main() -> None:
     if release is None:
         sys.exit("cuda-check: there is no nvcc, whose figures the table holds")
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
+        _, log = build(Path(folder))
+    found = parse(log)
     write_table(release, found)
     if wrong := complaints(release, found):
         sys.exit("\n".join(wrong))

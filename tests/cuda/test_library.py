@@ -1,68 +1,67 @@
-"""The CUDA library as setup.py builds it, here against the headers of any torch that it is told has CUDA: what it takes
-from torch, how it is loaded, and what the package says where it is missing.
+"""The CUDA library: what it takes from torch and of a GPU, how it is loaded, and what the package says where it is
+missing.
 """
 
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import mtml_fast
 from tests.cuda import resources
-from tests.cuda.test_shim import ROOT
+from tests.cuda.library import ARCHITECTURES, ROOT, build, ninja_file, nvcc_release
 
-needs_nvcc = pytest.mark.skipif(resources.nvcc_release() is None, reason="cuda-check needs nvcc")
-TORCH = Path(torch.__file__).parent
-
-# setup.py up to its file for ninja, with that torch in front
-NINJA_FILE = """
-import runpy, sys
-import setuptools
-sys.path.insert(0, {folder!r})
-caught = {{}}
-setuptools.setup = lambda **arguments: caught.update(arguments)
-names = runpy.run_path("setup.py", run_name="__main__")
-command = caught["cmdclass"]["build_ext"](setuptools.Distribution())
-command.extensions = [e for e in caught["ext_modules"] if e.name == "mtml_fast._C_cuda"]
-print(len(command.extensions))
-print(command.ninja_file())
-"""
-
-
-def ninja_file(folder: Path, cuda: str, **environment) -> subprocess.CompletedProcess:
-    (folder / "torch/lib").mkdir(parents=True, exist_ok=True)
-    version = f"__version__ = '{torch.__version__}'\ncuda: Optional[str] = {cuda!r}\n"
-    (folder / "torch/version.py").write_text(version)
-    if not (folder / "torch/include").exists():
-        (folder / "torch/include").symlink_to(TORCH / "include")
-    code = NINJA_FILE.format(folder=str(folder))
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+needs_nvcc = pytest.mark.skipif(nvcc_release() is None, reason="cuda-check needs nvcc")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("library")
-    done = ninja_file(folder, resources.nvcc_release(), MTML_FAST_BUILD="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
-    assert done.returncode == 0, done.stderr
-    (folder / "build.ninja").write_text(done.stdout.partition("\n")[2])
-    # what torch with CUDA has beside torch without; `no one's` libtorch_cpu is the one that this process has loaded
-    (folder / "torch/lib/libtorch_cpu.so").symlink_to(TORCH / "lib/libtorch_cpu.so")
-    code = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
-    stub = ["-shared", "-fPIC", "-x", "c++", "-", "-o", str(folder / "torch/lib/libtorch_cuda.so")]
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    subprocess.run([*compiler, *stub], input=code, text=True, check=True)
-    ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-    built = subprocess.run([ninja, "-C", str(folder), "-j2"], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout
-    return folder / "mtml_fast._C_cuda.so"
+def built(tmp_path_factory):
+    """The library, and what nvcc said."""
+    return build(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def library(built):
+    return built[0]
+
+
+@pytest.fixture
+def found(built):
+    """(kernel, architecture) -> what it takes."""
+    return resources.parse(built[1])
+
+
+@needs_nvcc
+def test_as_recorded(found):
+    """Nothing spills, and all takes what csrc/cuda/resources.txt says."""
+    assert resources.complaints(nvcc_release(), found) == []
+    release, recorded = resources.read_table()
+    if release != nvcc_release():
+        pytest.skip(f"nothing spills; the table of registers is that of nvcc {release}")
+    assert len(recorded) == len(found) > 0
+
+
+@needs_nvcc
+def test_what_is_refused(found):
+    """A register more, a spill, a kernel that is new or gone."""
+    release, _ = resources.read_table()
+    key = kernel, name = min(found)
+    row = found[key]
+    for changed, says in (
+        ({**found, key: row._replace(registers=row.registers + 1)}, f"has {row.registers + 1} registers"),
+        ({**found, key: row._replace(shared=row.shared + 4)}, f"and {row.shared + 4} bytes"),
+        ({**found, key: row._replace(spills=8)}, "spills 8 bytes"),
+        ({**found, ("other", name): row}, "and nothing in"),
+        ({k: r for k, r in found.items() if k != key}, "has nothing"),
+    ):
+        (complaint,) = resources.complaints(release, changed)
+        assert says in complaint
+        assert complaint.startswith(kernel) or complaint.startswith("other")
 
 
 @needs_nvcc
@@ -118,9 +117,9 @@ def test_loaded_where_torch_has_cuda(library, package):
     first, why, result = done.stdout.splitlines()
     info, served_by, status = json.loads(first)
     assert info["version"] == mtml_fast.__version__
-    assert info["architectures"] == "9.0+PTX"
+    assert info["architectures"] == ARCHITECTURES
     assert served_by == "native"
-    assert status == f"CUDA library {info['version']} by nvcc {info['cuda']}, for 9.0+PTX"
+    assert status == f"CUDA library {info['version']} by nvcc {info['cuda']}, for {ARCHITECTURES}"
     assert (why, result) == ("own kernels, forward and backward", "4.5")
 
 
@@ -150,11 +149,11 @@ def test_not_built_without_its_nvcc(tmp_path):
 def test_not_built_with_the_nvcc_of_another_cuda(tmp_path):
     done = ninja_file(tmp_path, "99.1")
     assert done.stdout.splitlines()[0] == "0"
-    major = resources.nvcc_release().split(".")[0]
+    major = nvcc_release().split(".")[0]
     assert done.stderr == f"mtml_fast: no CUDA kernels: torch is built for CUDA 99, and nvcc is that of CUDA {major}\n"
 
 
 @needs_nvcc
 def test_bad_architectures(tmp_path):
-    done = ninja_file(tmp_path, resources.nvcc_release(), TORCH_CUDA_ARCH_LIST="8.0;Hopper")
+    done = ninja_file(tmp_path, nvcc_release(), TORCH_CUDA_ARCH_LIST="8.0;Hopper")
     assert done.stderr.endswith("mtml_fast: TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got 'Hopper' in it\n")
