@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# two files of tests at a time, each in one process, which compiles what its tests share; in the order of their names,
+# in which short ones come last
+PYTEST := $(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 # of `make sanitize`; without a seed it draws one and prints it
 CONFIGURATIONS ?= 300
 SEED ?=
@@ -19,7 +22,7 @@ train: build ## meta-train on the paper's sinusoid experiment, with a table, a s
 	$(BIN)/mtml-fast train --out runs/sinusoid
 
 test: build ## prove it: all tests
-	$(BIN)/python -m pytest -rs
+	$(PYTEST)
 
 lint: $(VENV)/installed ## check style and formatting of Python and C++
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ sanitize: ## run random calls of the core and of the CUDA kernels under the addr
 UPDATE ?=
 cuda-check: build ## prove the CUDA and Triton kernels without a GPU: compiled, and run on the CPU
 	@$(if $(UPDATE),$(BIN)/python -m tests.cuda.resources)
-	@$(BIN)/python -m pytest tests/cuda tests/ops/test_triton.py -rs
+	@$(PYTEST) tests/cuda tests/ops/test_triton.py
 
 # on a machine that need not have more than Python, torch with CUDA and nvcc: no environment, no network. OUT=folder for
 # what it writes
