@@ -230,6 +230,7 @@ def loss_call(call, losses, mask=None):
 @needs_triton
 def test_launches_of_heads_loss():
     """Two forward and three backward, for any losses; those of a hidden layer besides."""
+    from mtml_fast.ops._losses import triton as losses
     from mtml_fast.ops.heads_loss import triton as loss
 
     rows, slots = [100, 0, 30], 130 // 64 + 3
@@ -252,7 +253,7 @@ def test_launches_of_heads_loss():
     assert launched(loss.heads_loss, *loss_call(heads_call([0, 0], 2, 4), [1])) == [("_means", (2,))]
     # two bits a task, for 480 tasks a launch
     with triton_kernels.noted() as launches:
-        loss._kinds([3, 0, 2] * 200, torch.zeros(601, dtype=torch.int64))
+        losses.kinds_of([3, 0, 2] * 200, torch.zeros(601, dtype=torch.int64))
     words = [launch.arguments["words"] for launch in launches]
     assert [launch.arguments["first"] for launch in launches] == [0, 480]
     kinds = [words[i // 480][i % 480 // 30] >> 2 * (i % 30) + 1 & 3 for i in range(600)]
@@ -290,7 +291,8 @@ print(precision(torch.float32), precision(torch.float64))
 @needs_triton
 def test_the_grid_of_a_large_head():
     """CUDA takes 65535 programs along the second axis."""
-    from mtml_fast.ops._ragged.triton import Rows, Sums, equal_outputs
+    from mtml_fast.ops._ragged.triton import Sums
+    from mtml_fast.ops._tiles.triton import Rows, equal_outputs
 
     rows, x = Rows(torch.tensor([0, 64], device="meta"), 1, 64), torch.empty(64, 4096, device="meta")
     with triton_kernels.noted() as launches:

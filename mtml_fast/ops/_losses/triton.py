@@ -1,16 +1,53 @@
 """Losses of a tile of rows of one task, with their slopes: the formulas are those of docs/maths/heads_loss.md.
 
 An output's loss is on its own, but for cross-entropy: there a row's largest output and the sum of exponentials below it
-are carried from one tile of outputs to the next.
+are carried from one tile of outputs to the next. Which loss is whose is known to the host, and goes to the device as
+arguments.
 """
 
+import struct
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from mtml_fast.ops._ragged.triton import ROWS
+from mtml_fast.ops._tiles.triton import ROWS
 
 # outputs of a tile
 COLUMNS: tl.constexpr = tl.constexpr(16)
+# numbers of two bits in a word, and words of a launch
+IN_A_WORD: tl.constexpr = tl.constexpr(30)
+WORDS: tl.constexpr = tl.constexpr(16)
+
+
+def kinds_of(losses: Sequence[int], offsets: Tensor) -> tuple[Tensor, int]:
+    """The loss of each task, in memory of the device, or that of all."""
+    if len(losses) == 1:
+        return offsets, losses[0]
+    kinds = torch.empty(len(losses), dtype=torch.int64, device=offsets.device)
+    in_a_launch = IN_A_WORD.value * WORDS.value
+    for first in range(0, len(losses), in_a_launch):
+        some = losses[first : first + in_a_launch]
+        words = [some[i : i + IN_A_WORD.value] for i in range(0, in_a_launch, IN_A_WORD.value)]
+        # as arguments, which a graph captures; odd and large, so that one kernel does for all: see ops/_leaves
+        words = tuple((1 << 62) + sum(kind << 2 * i + 1 for i, kind in enumerate(word)) + 1 for word in words)
+        _unpack[(1,)](words, kinds, first, len(losses), enable_fp_fusion=True)
+    return kinds, -1
+
+
+def bits_of(number: float) -> int:
+    """A float64 as an argument: Triton makes float32 of numbers."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+@triton.jit
+def kind_of(kinds, kind, task):
+    of_task = tl.zeros((), tl.int64) + kind
+    if kind < 0:
+        of_task = tl.load(kinds + task)
+    return of_task
 
 
 @triton.jit
@@ -152,3 +189,12 @@ def log1p_of_unit(x):
     for i in tl.static_range(17):
         total = total * square + 1.0 / (33 - 2 * i)
     return 2.0 * s * total
+
+
+# One program: numbers of two bits, from words to memory.
+@triton.jit(do_not_specialize=["first", "count"])
+def _unpack(words, to, first, count):
+    lanes = tl.arange(0, 32)
+    for i in tl.static_range(WORDS):
+        at = first + i * IN_A_WORD + lanes
+        tl.store(to + at, (words[i] >> (2 * lanes + 1).to(tl.int64)) & 3, mask=(lanes < IN_A_WORD) & (at < count))

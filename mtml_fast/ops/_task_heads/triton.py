@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtml_fast.ops._ragged.triton import Rows, backward, equal_outputs, forward, gradients, outputs_of
+from mtml_fast.ops._ragged.triton import backward, forward, gradients
 from mtml_fast.ops._route import ordinary_dispatch
+from mtml_fast.ops._tiles.triton import Rows, equal_outputs, outputs_of
 from mtml_fast.ops.heads.reference import ACTIVATIONS
 
 

@@ -10,7 +10,6 @@ Outputs are taken 16 at a time. A wider head reads its rows, which are in the se
 cross-entropy the sum of exponentials is carried along and the logits are computed twice backward.
 """
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +19,12 @@ from torch import Tensor
 
 from mtml_fast.ops._losses.triton import (
     COLUMNS,
+    bits_of,
     carried,
     count_of_tile,
     counting_outputs,
+    kind_of,
+    kinds_of,
     label_counts,
     lowest,
     number,
@@ -31,22 +33,9 @@ from mtml_fast.ops._losses.triton import (
     row_targets,
     smooth_targets,
 )
-from mtml_fast.ops._ragged.triton import (
-    ROWS,
-    Sums,
-    dot,
-    find_outputs,
-    find_part,
-    find_tile,
-    options,
-    place_of_sums,
-    product,
-)
+from mtml_fast.ops._ragged.triton import Sums, dot, options, product
 from mtml_fast.ops._task_heads.triton import Heads
-
-# numbers of two bits in a word, and words of a launch
-IN_A_WORD: tl.constexpr = tl.constexpr(30)
-WORDS: tl.constexpr = tl.constexpr(16)
+from mtml_fast.ops._tiles.triton import ROWS, find_outputs, find_part, find_tile, place_of_sums
 
 
 def heads_loss(*arguments) -> Tensor:
@@ -103,7 +92,7 @@ class _Call:
             head.h, there(labels, rows.offsets), there(targets, head.h), rows.offsets, head.weight,
             there(head.bias, head.h), *head.outputs.table, there(class_weights, head.h),
             rows.offsets if mask is None else mask.contiguous().view(torch.uint8),
-            *_kinds(losses, rows.offsets), features, _bits(smoothing), ignore_index, _bits(delta),
+            *kinds_of(losses, rows.offsets), features, bits_of(smoothing), ignore_index, bits_of(delta),
         )  # fmt: skip
         self.flags = dict(
             BIAS=head.bias is not None,
@@ -116,34 +105,6 @@ class _Call:
         double = x.dtype == torch.float64
         few = double or self.options["PRECISION"] == "bfloat16"
         self.options_backward = dict(WIDTH=16 if few else 32, **options(features, x.dtype, large=double))
-
-
-def _kinds(losses: Sequence[int], offsets: Tensor) -> tuple[Tensor, int]:
-    """The loss of each task, in memory of the device, or that of all."""
-    if len(losses) == 1:
-        return offsets, losses[0]
-    kinds = torch.empty(len(losses), dtype=torch.int64, device=offsets.device)
-    in_a_launch = IN_A_WORD.value * WORDS.value
-    for first in range(0, len(losses), in_a_launch):
-        some = losses[first : first + in_a_launch]
-        words = [some[i : i + IN_A_WORD.value] for i in range(0, in_a_launch, IN_A_WORD.value)]
-        # as arguments, which a graph captures; odd and large, so that one kernel does for all: see ops/_leaves
-        words = tuple((1 << 62) + sum(kind << 2 * i + 1 for i, kind in enumerate(word)) + 1 for word in words)
-        _unpack[(1,)](words, kinds, first, len(losses), enable_fp_fusion=True)
-    return kinds, -1
-
-
-def _bits(number: float) -> int:
-    """A float64 as an argument: Triton makes float32 of numbers."""
-    return struct.unpack("q", struct.pack("d", number))[0]
-
-
-@triton.jit
-def kind_of(kinds, kind, task):
-    of_task = tl.zeros((), tl.int64) + kind
-    if kind < 0:
-        of_task = tl.load(kinds + task)
-    return of_task
 
 
 @triton.jit
@@ -471,12 +432,3 @@ def add_weight(
         d = tl.load(weight + lanes, mask=outputs_before & (lanes < features), other=0.0)
         d += dot(dz, x_there, None, PRECISION)
         tl.store(weight + lanes, d, mask=outputs_there & (lanes < features))
-
-
-# One program: numbers of two bits, from words to memory.
-@triton.jit(do_not_specialize=["first", "count"])
-def _unpack(words, to, first, count):
-    lanes = tl.arange(0, 32)
-    for i in tl.static_range(WORDS):
-        at = first + i * IN_A_WORD + lanes
-        tl.store(to + at, (words[i] >> (2 * lanes + 1).to(tl.int64)) & 3, mask=(lanes < IN_A_WORD) & (at < count))
