@@ -190,6 +190,25 @@ def test_no_weight_of_a_task_is_built(served):
 
 
 @native
+def test_bad_rows_are_one_line(served):
+    torch.manual_seed(0)
+    maml = mf.MAML(mf.nn.mlp(8, (16, 12), 4), lr=0.1, steps=2)
+    rows = mf.TaskRows(torch.randn(3, 5, 8), torch.randint(0, 4, (3, 5)))
+    maml(mf.TaskBatch(rows, rows)).loss.backward()
+    for bad, message in (
+        (
+            mf.TaskRows(rows.x[..., :7], rows.y),
+            r"^query_x must have D=8 features, .* got shape ",
+        ),
+        (mf.TaskRows(rows.x, rows.y + 1), r"^query_y must "),
+        (mf.TaskRows(rows.x.double(), rows.y), r"^query_x must have the dtype of "),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            maml(mf.TaskBatch(rows, bad))
+    assert served[True] > 0
+
+
+@native
 def test_what_explain_says(served):
     torch.manual_seed(0)
     rows = mf.TaskRows(torch.randn(3, 5, 8), torch.randint(0, 4, (3, 5)))

@@ -100,9 +100,11 @@ def adapt_mean(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def adapt_mean_or_none(arguments: tuple) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `adapt_mean` for arguments that nobody has checked: `None` too where the kernels refuse them."""
-    _, _, _, support_y, _, query_y, *_ = arguments
+    """As `adapt_mean` for arguments that nobody has checked: `None` too where no kernel checks them, or one refuses."""
+    _, _, support_x, support_y, _, query_y, *_ = arguments
     if support_y.requires_grad or query_y.requires_grad:
+        return None
+    if _is_factored(arguments, _served([support_x])):
         return None
     try:
         return adapt_mean(arguments)
