@@ -77,3 +77,9 @@ def test_elsewhere_half_precision_is_refused():
         heads(x.bfloat16(), OFFSETS, weight)
     with pytest.raises(TypeError, match=r"^support_x must be float32 or float64, got torch\.bfloat16$"):
         mlp_adapt([weight], x.view(2, 5, 8).bfloat16(), y, x.view(2, 5, 8), lr=0.1, bias=False)
+
+
+def test_on_a_device_that_autocast_does_not_know():
+    x, y = torch.empty(2, 5, 8, device="meta"), torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    with pytest.raises(TypeError, match=r"^support_x must be float32 or float64, got torch\.bfloat16$"):
+        mlp_adapt([x[0, :4]], x.bfloat16(), y, x, lr=0.1, bias=False)

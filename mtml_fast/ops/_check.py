@@ -45,8 +45,12 @@ def widened(value: Tensor, like: Tensor) -> Tensor:
     """Features in half precision, which a trunk leaves under autocast, in the dtype of the parameters."""
     if not isinstance(value, Tensor) or not isinstance(like, Tensor) or value.dtype == like.dtype:
         return value
-    half = value.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(value.device.type)
-    return value.to(like.dtype) if half else value
+    kind = value.device.type
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    # not of every device, such as meta, may one ask whether it is enabled
+    if half and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return value.to(like.dtype)
+    return value
 
 
 def same_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
