@@ -65,10 +65,11 @@ def is_plain() -> bool:
     """Whether nothing but plain autograd watches: no transform, compiler or dispatch mode, and no forced backend."""
     return (
         _backend == "auto"
+        # first of the questions: a compiler cannot trace the others
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.compiler.is_compiling()
     )
 
 

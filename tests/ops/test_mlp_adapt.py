@@ -756,3 +756,21 @@ def test_raw_operators_refuse_what_does_not_fit():
         backward([torch.ones(1, 4, 5, 3), *cotangents[1:]], *good.values(), [True] * 4)
     with pytest.raises(ValueError, match=re.escape("needs must hold one bool per input tensor (4), got 3")):
         backward(cotangents, *good.values(), [True] * 3)
+
+
+@pytest.mark.parametrize("function", [mlp_adapt, mlp_adapt_mean])
+def test_a_compiler_goes_through(function):
+    """In one graph, whatever eager mode asks before it calls a kernel."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    params = [torch.randn(*shape, requires_grad=True) for shape in ((4, 3), (4,), (2, 4), (2,))]
+    x, y = torch.randn(3, 5, 3), torch.randint(0, 2, (3, 5))
+
+    def meta_loss(x):
+        return function(params, x, y, x, y, lr=0.1, steps=2).losses.sum()
+
+    expected = meta_loss(x)
+    loss = torch.compile(meta_loss, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(loss, expected)
+    for mine, right in zip(*(torch.autograd.grad(j, params) for j in (loss, expected)), strict=True):
+        torch.testing.assert_close(mine, right)
