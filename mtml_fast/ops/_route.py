@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -76,6 +76,11 @@ def is_plain() -> bool:
 def apply_of(function: type[torch.autograd.Function]) -> Callable:
     """`function.apply` for calls that `is_plain` has let through: what it looks for first costs 2 us."""
     return super(torch.autograd.Function, function).apply
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    """How often each tensor has been changed in place; those of inference mode do not count."""
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def in_transform() -> bool:

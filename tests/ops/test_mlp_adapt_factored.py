@@ -262,3 +262,104 @@ def test_gradients_that_are_zero_are_there(served, steps):
     outputs = mlp_adapt(**call).outputs
     assert not torch.autograd.grad(outputs.sum(), [call["support_x"]])[0].any()
     assert served[True] == 2
+
+
+@native
+@pytest.mark.parametrize("reader", ["outputs", "losses", "parameters"])
+def test_each_result_has_each_derivative(served, reader):
+    """Of query rows the adapted parameters know nothing, of nothing the losses without labels: zero, as of kernels."""
+    call = network(4, 5, 3, steps=2, return_parameters=True)
+    if reader == "losses":
+        call["query_y"] = None
+    call["query_x"].requires_grad_()
+    result = mlp_adapt(**call)
+    read = result.parameters[0] if reader == "parameters" else getattr(result, reader)
+    gradients = torch.autograd.grad(read.sum(), [call["query_x"], *call["params"]])
+    assert any(g.any() for g in gradients) == (reader != "losses")
+    assert gradients[0].any() == (reader == "outputs")
+    assert served[True] == 1
+
+
+@native
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1, requires_grad=True)])
+@pytest.mark.parametrize("every_step", [False, True])
+def test_results_may_be_written_into(served, lr, every_step):
+    call = network(4, 5, 3, lr=lr, loss="bce", every_step=every_step)
+    for rows in ("support_y", "query_y"):
+        call[rows] = torch.nn.functional.one_hot(call[rows], 3).float()
+    (expected,) = torch.autograd.grad(mlp_adapt(**call).losses.sum(), call["params"][:1])
+    result = mlp_adapt(**call)
+    result.outputs.zero_()
+    result.losses.add_(1)
+    assert torch.equal(torch.autograd.grad(result.losses.sum(), call["params"][:1])[0], expected)
+    assert served[True] == 2
+
+
+@native
+def test_a_rate_that_is_expanded_itself(served):
+    """One number in memory, and a derivative for each element."""
+    rates = [torch.tensor(0.1).expand(5, 4).detach().requires_grad_(), *[torch.tensor(0.1)] * 3]
+    call = network(4, 5, 3, lr=rates)
+    (gradient,) = torch.autograd.grad(mlp_adapt(**call).losses.sum(), rates[:1])
+    assert gradient.count_nonzero() > 1
+    number = torch.tensor(0.1, requires_grad=True)
+    call["lr"] = [number, *rates[1:]]
+    (total,) = torch.autograd.grad(mlp_adapt(**call).losses.sum(), number)
+    torch.testing.assert_close(gradient.sum(), total)
+    assert served == {True: 1, False: 1}
+
+
+@native
+def test_what_runs_again_has_the_values_of_the_first_time(served):
+    """With store="recompute" a parameter that has been changed is an error, and never another gradient."""
+    call = network(4, 5, 3, store="recompute")
+    losses = mlp_adapt(**call).losses
+    with torch.no_grad():
+        call["params"][0].mul_(2)
+    with pytest.raises(RuntimeError, match=r"^mlp_adapt: an argument was modified by an inplace operation"):
+        losses.sum().backward()
+    with torch.inference_mode():
+        assert mlp_adapt(**network(4, 5, 3, store="recompute")).losses.is_inference()
+    assert served[True] == 2
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_no_tasks_and_no_rows(loss):
+    call = network(4, 5, 3, tasks=0, shots=0, loss=loss)
+    if loss == "mse":
+        call |= dict(support_y=torch.zeros(0, 0, 3), query_y=torch.zeros(0, 0, 3))
+    outputs, losses, _ = factored.adapt(*_arguments(**call)[0])
+    assert (outputs.shape, losses.shape) == ((0, 0, 3), (0,))
+    assert not any(g.any() for g in torch.autograd.grad(losses.sum(), call["params"]))
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+@pytest.mark.parametrize("rows", ["support_y", "query_y"])
+def test_a_label_that_is_no_class_spoils_its_task(rows, label):
+    """Nobody reads labels on a device."""
+    arguments = list(arguments_of(4, 5, 6, 3, tasks=3))
+    _, clean, _ = factored.adapt(*arguments)
+    place = {"support_y": 3, "query_y": 5}[rows]
+    arguments[place] = arguments[place].clone()
+    arguments[place][1, 0] = label
+    _, losses, _ = factored.adapt(*arguments)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert torch.equal(losses[[0, 2]], clean[[0, 2]])
+    assert all(g.isnan().any() for g in torch.autograd.grad(losses.sum(), arguments[0]))
+
+
+@pytest.mark.parametrize("store", ["all", "recompute"])
+@native
+def test_third_order(served, store):
+    """Kernels refuse it; here autograd has it."""
+    call = {k: v.double() if k.endswith("_x") else v for k, v in network(3, 4, 2, activation="tanh").items()}
+    call["params"] = [p.detach().double().requires_grad_() for p in call["params"]]
+
+    def curvature(name):
+        with mf.backend(name):
+            losses = mlp_adapt(**call, steps=2, store=store).losses
+        gradients = torch.autograd.grad(losses.sum(), call["params"], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), call["params"])
+
+    torch.testing.assert_close(curvature("auto"), curvature("reference"))
+    assert served[True] == 1

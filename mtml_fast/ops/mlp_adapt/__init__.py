@@ -112,8 +112,8 @@ def mlp_adapt(
     Raises:
         TypeError, ValueError: naming the argument, what it must be and what it was.
 
-    Derivatives: exact for params, lr, support_x and query_x, through all the inner steps (second order); a derivative
-    of that gradient (third order) raises RuntimeError.
+    Derivatives: exact for params, lr, support_x and query_x, through all the inner steps (second order). A derivative
+    of that gradient (third order) is exact where torch's operations serve; kernels raise RuntimeError.
 
     Source: Finn et al., "Model-agnostic meta-learning for fast adaptation of deep networks", ICML 2017.
 

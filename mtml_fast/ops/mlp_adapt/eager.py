@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtml_fast.ops._define import OPERATORS, in_given_dtype
 from mtml_fast.ops._library import LIB
-from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain
+from mtml_fast.ops._route import apply_of, foreach_mul, has_kernel, is_plain, versions
 from mtml_fast.ops.mlp_adapt import factored
 
 INPUTS = (
@@ -70,7 +70,7 @@ def adapt(arguments: tuple, store: str) -> tuple[Tensor, Tensor, Tensor] | None:
         with in_given_dtype(tensors[0]):
             if store == "all":
                 return factored.adapt(*arguments)
-            return checkpoint(factored.adapt, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(_again(tensors), *arguments, use_reentrant=False, preserve_rng_state=False)
     if not by_kernels:
         return None
     needs = _needs(arguments, tensors)
@@ -164,6 +164,18 @@ def _is_factored(arguments: tuple, by_kernels: bool) -> bool:
     if arguments[0][0].is_cpu or not factored.fits(arguments):
         return False
     return not by_kernels or factored.pays(arguments)
+
+
+def _again(tensors: list[Tensor]) -> Callable:
+    """The factored form, where it runs again in the backward pass: with the values that it had in the forward pass."""
+    before = versions(tensors)
+
+    def adapt(*arguments):
+        if versions(tensors) != before:
+            raise RuntimeError("mlp_adapt: an argument was modified by an inplace operation behind the forward pass")
+        return factored.adapt(*arguments)
+
+    return adapt
 
 
 def _needs(arguments: tuple, tensors: list[Tensor]) -> tuple[bool, ...]:

@@ -99,12 +99,18 @@ def adapt(
     moving = layers[begin:]
     moving[0].weight = _FirstWeight(params[begin * per_layer], support)
     slope = _slope_of(loss, support_y, class_mask, params[last])
+    known = None
+    if query_y is not None and loss == "cross_entropy":
+        query_y, is_class = _of_classes(query_y, params[last].shape[-2])
+        # as a factor: of a task that is NaN the gradients are too
+        known = torch.where(is_class.all(1), support_x.new_ones(()), torch.nan)
     downhill = [-rate for rate in lr]
     outputs, losses = [], []
 
     def answer() -> None:
         z = _forward(moving, query)
-        losses.append(z.new_zeros(tasks) if query_y is None else task_losses(z, query_y, loss, None, class_mask))
+        j = z.new_zeros(tasks) if query_y is None else task_losses(z, query_y, loss, None, class_mask)
+        losses.append(j if known is None else j * known)
         if class_mask is not None:
             z = torch.where(class_mask[:, None], z, -torch.inf if loss == "cross_entropy" else 0.0)
         outputs.append(z)
@@ -126,10 +132,12 @@ def adapt(
     if return_parameters:
         dense = [t for layer in layers for t in (layer.weight.dense(), *layer.vectors)]
         fast = torch.cat([t.expand(tasks, *t.shape[-2:]).flatten(1) for t in dense], 1)
-    results = (torch.stack(outputs), torch.stack(losses), fast) if every_step else (outputs[0], losses[0], fast)
+    # the caller may write into what it gets, and autograd keeps the outputs
+    results = (torch.stack(outputs), torch.stack(losses)) if every_step else (outputs[0].clone(), losses[0])
     # of what takes no part the gradient is zero, as the operator's is
-    idle = [t for t in (*lr, support_x) if t.requires_grad]
-    return _Dependent.apply(*results, *idle) if idle else results
+    idle = [*lr, support_x, *([*params, query_x] if query_y is None or return_parameters else [])]
+    idle = [t for t in idle if t.requires_grad]
+    return _Dependent.apply(*results, fast, *idle) if idle else (*results, fast)
 
 
 def _forward(layers: Sequence[_Layer], x: Tensor) -> Tensor:
@@ -253,10 +261,13 @@ def _slope_of(loss: str, targets: Tensor, class_mask: Tensor | None, like: Tenso
     mask = None if class_mask is None else class_mask[:, None]
     classes, count = like.shape[-2], 1
     if loss == "cross_entropy":
-        targets = (targets[:, :, None] == torch.arange(classes, device=like.device)).to(like.dtype)
+        labels, is_class = _of_classes(targets, classes)
+        targets = (labels[:, :, None] == torch.arange(classes, device=like.device)).to(like.dtype)
+        targets = torch.where(is_class[:, :, None], targets, torch.nan)
     else:
         count = classes if mask is None else mask.sum(2, keepdim=True).clamp(min=1).to(like.dtype)
-    factor = (2 if loss == "mse" else 1) / (count * targets.shape[1])
+    # of no tasks there may be no rows
+    factor = (2 if loss == "mse" else 1) / (count * max(targets.shape[1], 1))
 
     def slope(z: Tensor) -> Tensor:
         if loss == "cross_entropy":
@@ -269,8 +280,23 @@ def _slope_of(loss: str, targets: Tensor, class_mask: Tensor | None, like: Tenso
     return slope
 
 
+def _of_classes(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Labels [T, N] that are classes, and which were so: on a device nobody has looked, and a task of others is NaN."""
+    is_class = (labels >= 0) & (labels < classes)
+    return torch.where(is_class, labels, 0), is_class
+
+
 def _is_one_number(rate: Tensor) -> bool:
     """Whether a rate [1 or K, *shape] is one number a step: such are expanded."""
+    if not _is_expanded(rate):
+        return False
+    # a leaf that is expanded itself has a derivative by each element
+    function = rate.grad_fn
+    leaf = rate if function is None else getattr(function.next_functions[0][0], "variable", None)
+    return leaf is None or not leaf.requires_grad or leaf.numel() == 1 or 0 not in leaf.stride()
+
+
+def _is_expanded(rate: Tensor) -> bool:
     return all(size == 1 or stride == 0 for size, stride in zip(rate.shape[1:], rate.stride()[1:], strict=True))
 
 
@@ -290,7 +316,9 @@ class _Dependent(torch.autograd.Function):
     def forward(ctx, outputs, losses, fast, *idle):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*idle)
-        return tuple(t.view_as(t) for t in (outputs, losses, fast))
+        # the same tensors: of a view nobody could change an element
+        ctx.mark_dirty(outputs, losses, fast)
+        return outputs, losses, fast
 
     @staticmethod
     def backward(ctx, *cotangents):
