@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mtml_fast as mf
-from mtml_fast.ops import heads, mlp_adapt
+from mtml_fast.ops import heads, heads_loss, mlp_adapt
 
 given = contextlib.nullcontext()
 half = torch.autocast("cpu", dtype=torch.bfloat16)
@@ -57,6 +57,20 @@ def test_features_of_a_trunk_are_widened(name):
         assert torch.equal(loss, head.loss(wide))
     loss.sum().backward()
     assert trunk.weight.grad.abs().sum() > 0
+
+
+@backends
+@pytest.mark.parametrize(
+    ("y", "options"),
+    [(torch.rand(10, 2), dict(loss="mse")), (LABELS % 2, dict(class_weights=torch.tensor([1.0, 2, 3, 4])))],
+    ids=["targets", "class weights"],
+)
+def test_what_belongs_to_widened_features_is_wide(name, y, options):
+    weight, x = torch.linspace(-1, 1, 32).view(4, 8), torch.linspace(-2, 2, 80).view(10, 8).bfloat16()
+    with mf.backend(name):
+        with half:
+            loss = heads_loss(x, y, OFFSETS, weight, **options)
+        assert torch.equal(loss, heads_loss(x.float(), y, OFFSETS, weight, **options))
 
 
 def test_a_body_under_autocast_and_an_adapted_head():

@@ -84,7 +84,8 @@ def heads_loss(
     if task_index is not None:
         order, offsets = sorted_by_task(task_index, x, offsets, weight, out_offsets, hidden_weight)
         x = x.index_select(0, order)
-    arguments = checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
+    # from here on in the dtype of the weights
+    x, *heads, activation = checked_heads(x, offsets, weight, bias, out_offsets, hidden_weight, hidden_bias, activation)
     losses = _places(loss, offsets.numel() - 1)
     labels, targets = _labels_and_targets(y, x, offsets, weight, out_offsets, losses)
     if mask is not None:
@@ -101,7 +102,6 @@ def heads_loss(
         _check.floating("class_weights", class_weights, like=x, like_name="x")
         _check.shape("class_weights", class_weights, ("sum of C_t", weight.shape[0]))
         _check.no_gradient("class_weights", class_weights)
-    x, *heads, activation = arguments
     tensors = (x, labels, targets, *heads, class_weights, mask)
     arguments = (*tensors, activation, losses, float(label_smoothing), ignore_index, float(delta))
     if (result := eager.losses(arguments)) is not None:
