@@ -145,7 +145,7 @@ def launches(tasks, steps, layers):
 
 
 def test_launches_are_a_matter_of_steps_and_layers():
-    """Of tasks there may be any number; a step of a layer takes at most 14 forward, 22 in reverse."""
+    """Of tasks there may be any number; a step of a layer takes at most 14 forward, 27 in reverse."""
     assert launches(2, 3, 3) == launches(50, 3, 3)
     # of three layers and steps, the last of which is behind the fifth step: what it adds is the most
     forward, both = (a - b for a, b in zip(launches(4, 5, 3), launches(4, 4, 3), strict=True))
@@ -220,7 +220,30 @@ def test_what_explain_says(served):
     assert 2 * said.bytes < mf.explain(model, batch, steps=4).bytes < 4 * said.bytes
 
 
-def test_bytes_that_autograd_keeps():
+@native
+@pytest.mark.parametrize(
+    ("inner", "forms"),
+    [
+        (dict(layers="head"), ("8-16 dense", "16-12 dense", "12-4 gram")),
+        (dict(layers=["2"]), ("8-16 dense", "16-12 gram", "12-4 dense")),
+        (dict(steps=0), ("8-16 dense", "16-12 dense", "12-4 dense")),
+    ],
+)
+def test_what_explain_says_of_layers_that_stay(served, inner, forms):
+    rows = mf.TaskRows(torch.randn(3, 5, 8), torch.randint(0, 4, (3, 5)))
+    assert mf.explain(mf.nn.mlp(8, (16, 12), 4), mf.TaskBatch(rows, rows), **inner).forms == forms
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(every_step=True),
+        dict(adapted=[False, False, True, True, True, True]),
+        dict(adapted=[False, False, False, False, True, True]),
+    ],
+)
+def test_bytes_that_autograd_keeps(options):
     """What `plan` counts, against what is really kept."""
     kept = {}
 
@@ -228,7 +251,7 @@ def test_bytes_that_autograd_keeps():
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
         return t
 
-    arguments = arguments_of(16, 96, 80, 5, tasks=8, shots=4, steps=5)
+    arguments = arguments_of(16, 96, 80, 5, tasks=8, shots=4, steps=5, **options)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         results = factored.adapt(*arguments)
     inputs = {t.untyped_storage().data_ptr() for t in (*arguments[0], *arguments[2:6])}

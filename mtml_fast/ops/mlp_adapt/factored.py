@@ -18,7 +18,7 @@ from mtml_fast.ops.heads_loss.reference import task_losses
 
 # A task's support rows times the weights that a block would keep for it, from which on this is the faster way. On
 # paper: where a block has a task, one processor of an H100 makes its products, some 7e10 multiply-adds a second, 9 for
-# a weight, a row and a step; here a step of a layer is some 36 launches, 7 us each.
+# a weight, a row and a step; here a step of a layer is some 37 launches, 7 us each.
 WIDE = 2e6
 
 
@@ -46,16 +46,19 @@ def pays(arguments: tuple) -> bool:
 
 
 def plan(arguments: tuple) -> dict:
-    """Each layer's form, and the bytes of what autograd keeps: the most are factors."""
+    """Each layer's form, "dense" where its weight stays, and the bytes of what autograd keeps: the most are factors."""
     params, _, support_x, _, query_x, *_ = arguments
-    steps, bias, norm = arguments[10], *arguments[13:15]
-    weights = params[:: 1 + bias + 2 * norm]
-    sizes = [w.shape[-1] + w.shape[-2] for w in weights]
-    rows, outputs = support_x.shape[:2].numel(), sum(w.shape[-2] for w in weights)
+    adapted, steps, bias, norm = *arguments[9:11], *arguments[13:15]
+    per_layer = 1 + bias + 2 * norm
+    weights, moves = params[::per_layer], [bool(steps) and moved for moved in adapted[::per_layer]]
+    begin = adapted.index(True) // per_layer if any(adapted) else 0
+    forms = [("gram" if i == begin else "factored") if moved else "dense" for i, moved in enumerate(moves)]
+    factors = sum(w.shape[-1] + w.shape[-2] for w, form in zip(weights, forms, strict=True) if form == "factored")
+    outputs, still = (sum(w.shape[-2] for w in part) for part in (weights[begin:], weights[:begin]))
     # every step keeps the factors of those before it, and its rows at each layer on both ways; all evaluations theirs
-    numbers = rows * (steps * (steps + 1) // 2 * sum(sizes[1:]) + 4 * steps * outputs)
-    numbers += query_x.shape[:2].numel() * outputs * (steps + 1 if arguments[20] else 1)
-    forms = ("gram", *["factored"] * (len(weights) - 1))
+    rows, query_rows = support_x.shape[:2].numel(), query_x.shape[:2].numel()
+    numbers = rows * (steps * (steps + 1) // 2 * factors + 4 * steps * outputs)
+    numbers += query_rows * outputs * (steps + 1 if arguments[20] else 1) + (rows + query_rows) * still
     layers = [{"in": w.shape[-1], "out": w.shape[-2], "form": form} for w, form in zip(weights, forms, strict=True)]
     return {"layers": layers, "bytes": numbers * support_x.element_size()}
 
