@@ -371,6 +371,23 @@ def test_a_label_that_is_no_class_spoils_its_task(rows, label):
     assert all(g.isnan().any() for g in torch.autograd.grad(losses.sum(), arguments[0]))
 
 
+@native
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize("by", ["kernels", "factored", "reference"])
+def test_missing_targets_may_be_nan(request, by, loss):
+    """As in heads_loss: of outputs that a task has not nobody looks at the targets."""
+    if by == "factored":
+        request.getfixturevalue("served")
+    call = network(4, 5, 3, steps=2, loss=loss, class_mask=torch.tensor([[True, False, True], [True, True, False]]))
+    read = []
+    for missing in (0.5, float("nan")):
+        targets = torch.where(call["class_mask"][:, None], torch.linspace(0, 1, 18).view(2, 3, 3), missing)
+        with mf.backend("reference" if by == "reference" else "auto"):
+            result = mlp_adapt(**call | dict(support_y=targets, query_y=targets))
+        read.append([result.losses, *torch.autograd.grad(result.losses.sum(), call["params"])])
+    assert all(map(torch.equal, *read))
+
+
 @pytest.mark.parametrize("store", ["all", "recompute"])
 @native
 def test_third_order(served, store):

@@ -119,6 +119,9 @@ def task_losses(
             outputs = torch.where(class_mask[:, None], outputs, -torch.inf)
         values = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(tasks, rows)
     else:
+        if class_mask is not None:
+            # a missing target may be NaN
+            targets = torch.where(class_mask[:, None], targets, 0.0)
         if loss == "mse":
             values = (outputs - targets).square()
         else:
