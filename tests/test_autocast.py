@@ -85,12 +85,37 @@ def test_a_body_under_autocast_and_an_adapted_head():
         assert 0 < (mine - right).abs().max() < 0.05 * right.abs().max()
 
 
+def test_explain_under_autocast():
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 2))
+    rows = mf.TaskRows(torch.randn(3, 4, 8), torch.randint(0, 2, (3, 4)))
+    with half:
+        said = mf.explain(model, mf.TaskBatch(rows, rows), layers="head")
+    assert str(said) == str(mf.explain(model, mf.TaskBatch(rows, rows), layers="head"))
+
+
 def test_elsewhere_half_precision_is_refused():
     x, weight, y = torch.randn(10, 8), torch.randn(4, 8), torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"^x must be float32 or float64, got torch\.bfloat16$"):
         heads(x.bfloat16(), OFFSETS, weight)
     with pytest.raises(TypeError, match=r"^support_x must be float32 or float64, got torch\.bfloat16$"):
         mlp_adapt([weight], x.view(2, 5, 8).bfloat16(), y, x.view(2, 5, 8), lr=0.1, bias=False)
+
+
+def test_ridge_heads_of_a_trunk():
+    torch.manual_seed(0)
+    learner = mf.nn.MetaLearner(3, 8, [2, 3, 4], trunk=nn.Linear(8, 6))
+    trainer = mf.MetaLearnerTrainer(learner, 3)
+    x, y = torch.randn(12, 8), torch.arange(12) % 3
+    with half:
+        features = learner.trunk(x)
+        new = trainer.adapt([x], [y], how="ridge")
+        weight, bias = mf.ridge_head(mf.TaskRows(features[None], y[None]))
+    assert features.dtype == torch.bfloat16
+    assert {p.dtype for p in new.parameters()} == {weight.dtype, bias.dtype} == {torch.float32}
+    expected, _ = mf.ridge_head(mf.TaskRows(features[None].float(), y[None]))
+    assert torch.equal(weight, expected)
+    with pytest.raises(TypeError, match=r"^rows\.x must be float32 or float64, got torch\.bfloat16$"):
+        mf.ridge_head(mf.TaskRows(features[None], y[None]))
 
 
 def test_on_a_device_that_autocast_does_not_know():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mtml_fast.inner.loop import InnerLoop, masked_outputs
 from mtml_fast.nn.mlp import ACTIVATIONS, MLPForm, mlp_form
-from mtml_fast.ops import mlp_adapt, mlp_adapt_mean
+from mtml_fast.ops import _check, mlp_adapt, mlp_adapt_mean
 from mtml_fast.ops._rates import rate_list
 from mtml_fast.ops._route import has_hooks, hook_tables, part_tables
 from mtml_fast.ops.mlp_adapt import MLPAdapted, eager
@@ -244,7 +244,8 @@ class MLPPlan:
     def _features(self, rows: TaskRows) -> Tensor:
         lead = 1 if rows.is_ragged else 2
         if self.body is not None:
-            return self.body(rows.x.flatten(0, lead - 1)).unflatten(0, rows.x.shape[:lead])
+            features = self.body(rows.x.flatten(0, lead - 1)).unflatten(0, rows.x.shape[:lead])
+            return _check.widened(features, self.form.params[0])
         return rows.x.flatten(lead) if self.form.flatten else rows.x
 
 

@@ -127,7 +127,8 @@ def _packed(rows: TaskRows, classes: int | None) -> tuple[Tensor, Tensor]:
     if rows.y is None:
         raise ValueError("rows.y must hold the targets, got None")
     lead, x, y, mask = 1 if rows.is_ragged else 2, rows.x, rows.y, rows.class_mask
-    _check.floating("rows.x", x)
+    # solved in float64 in any case
+    x = _check.floating("rows.x", _check.widened(x, x.new_empty(0, dtype=torch.float32)))
     if x.dim() != lead + 1:
         axes = "[R, D] with offsets" if rows.is_ragged else "[T, N, D]"
         raise ValueError(f"rows.x must be {axes}, got shape {list(x.shape)}")

@@ -147,7 +147,9 @@ def _linear(learned: MetaLearner, new: NewTasks) -> tuple[MetaLearner, Entries]:
     features = adapted.features(new.entries)
     x = features.rows().x
     adapted.heads.materialize(x.shape[-1])
-    adapted.heads.to(x)
+    # a trunk under autocast leaves half precision
+    like = next((p for p in learned.parameters() if p.is_floating_point()), x)
+    adapted.heads.to(_check.widened(x, like))
     return adapted, features
 
 
