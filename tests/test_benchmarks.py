@@ -108,6 +108,8 @@ def test_peers_that_cannot_be_had_say_why(tmp_path):
         INNER_PEERS["jax"](step, Settings(jax=str(script)))
 
 
+# the compiler is stopped wherever it is, and may be reading a file
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_compilation_that_takes_too_long_is_a_row_of_its_own():
     with pytest.raises(Unavailable, match=r"did not compile in 0 s") as why:
         INNER_PEERS["torch.func compiled"](small(), Settings(compile_limit=1e-3))
