@@ -66,17 +66,24 @@ def table(device: str) -> list[tuple]:
 
 
 @contextlib.contextmanager
-def _products(device: str, asked: str) -> Iterator[None]:
-    if device == "cpu":
-        with Rounded(BITS[asked]):
-            yield
-        return
+def products_in(asked: str) -> Iterator[None]:
+    """What a user asks of torch's products of float32 numbers, and of ours: "highest", "high" or "medium"."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(asked)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _products(device: str, asked: str) -> Iterator[None]:
+    if device == "cpu":
+        with Rounded(BITS[asked]):
+            yield
+        return
+    with products_in(asked):
+        yield
 
 
 def _error(mine: Tensor, exact: Tensor) -> float:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu.precision import products_in
 from mtml_fast.ops import OPERATORS, _triton
 from tests.ops import triton_kernels
 
@@ -274,7 +275,7 @@ def test_factors_are_rounded_where_torch_is_asked_to():
     double = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in call]
     assert of(call) == {"ieee"}
     for asked, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "bfloat16")):
-        with triton_kernels.products_in(asked):
+        with products_in(asked):
             assert of(call) == {expected}
             assert of(double) == {"ieee"}
     # by torch's newer switch, which does not like to be asked by the older one

@@ -7,10 +7,10 @@ tiles of several parts, outputs and columns in several tiles.
 import pytest
 import torch
 
+from benchmarks.gpu.precision import products_in
 from mtml_fast.ops import OPERATORS, backend, gradient_combine, gradient_gram, heads, heads_loss
 from mtml_fast.testing.arguments import in_dtype
 from tests.ops.test_heads import make
-from tests.ops.triton_kernels import products_in
 
 # twenty leaves, some of them empty; the last is five pieces where sums are kept, nine where they are not
 SHAPES = [(i % 7,) for i in range(18)] + [(), (3, 723)]

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.precision import products_in
+
 TABLE = Path(__file__).with_suffix(".csv")
 COLUMNS = ("triton", "kernel", "sm", "registers", "shared_bytes")
 ARCHITECTURES = (80, 90)
@@ -114,17 +116,6 @@ def all_launches() -> dict[str, Launch]:
                             heads_loss.heads_loss(*options)
                             heads_loss.heads_loss_backward([torch.ones(2, dtype=dtype)], *options, needs)
     return {str(launch): launch for launch in launches}
-
-
-@contextlib.contextmanager
-def products_in(asked: str) -> Iterator[None]:
-    """What a user asks of torch's products of float32 numbers, and of ours: "highest", "high" or "medium"."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(asked)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def sampled(sm: int) -> dict[str, Launch]:

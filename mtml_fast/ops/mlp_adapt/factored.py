@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtml_fast.ops.heads.reference import ACTIVATIONS
 from mtml_fast.ops.heads_loss.reference import task_losses
+from mtml_fast.ops.mlp_adapt.reference import rate_of_step
 
 # A task's support rows times the weights that a block would keep for it, from which on this is the faster way. On
 # paper: where a block has a task, one processor of an H100 makes its products, some 7e10 multiply-adds a second, 9 for
@@ -51,7 +52,7 @@ def plan(arguments: tuple) -> dict:
     adapted, steps, bias, norm = *arguments[9:11], *arguments[13:15]
     per_layer = 1 + bias + 2 * norm
     weights, moves = params[::per_layer], [bool(steps) and moved for moved in adapted[::per_layer]]
-    begin = adapted.index(True) // per_layer if any(adapted) else 0
+    begin = _first_moving(adapted, per_layer)
     forms = [("gram" if i == begin else "factored") if moved else "dense" for i, moved in enumerate(moves)]
     factors = sum(w.shape[-1] + w.shape[-2] for w, form in zip(weights, forms, strict=True) if form == "factored")
     outputs, still = (sum(w.shape[-2] for w in part) for part in (weights[begin:], weights[:begin]))
@@ -94,7 +95,7 @@ def adapt(
         vectors = [p.unsqueeze(-2) for p in params[i + 1 : i + per_layer]]
         layers.append(_Layer(params[i], vectors, bias, norm_eps if norm and i < last else None, activation, i == last))
     # what stays in front of all that moves is passed once; the first that moves has the same rows in every step
-    begin = adapted.index(True) // per_layer if any(adapted) else 0
+    begin = _first_moving(adapted, per_layer)
     support, query = (_forward(layers[:begin], x) for x in (support_x, query_x))
     if first_order:
         # the inner gradient is a constant; the rates are not
@@ -129,7 +130,7 @@ def adapt(
                 e = layer.backward(e, layer is not moving[0])
         for i, layer in enumerate(moving, begin):
             places = range(i * per_layer, min((i + 1) * per_layer, len(params)))
-            layer.move([_rate(downhill, k, p) if adapted[p] else None for p in places])
+            layer.move([rate_of_step(downhill, k, p) if adapted[p] else None for p in places])
     answer()
     fast = support_x.new_zeros(0)
     if return_parameters:
@@ -141,6 +142,11 @@ def adapt(
     idle = [*lr, support_x, *([*params, query_x] if query_y is None or return_parameters else [])]
     idle = [t for t in idle if t.requires_grad]
     return _Dependent.apply(*results, fast, *idle) if idle else (*results, fast)
+
+
+def _first_moving(adapted: Sequence[bool], per_layer: int) -> int:
+    """The layer in front of which all stay."""
+    return adapted.index(True) // per_layer if any(adapted) else 0
 
 
 def _forward(layers: Sequence[_Layer], x: Tensor) -> Tensor:
@@ -237,7 +243,8 @@ class _Layer:
         """A step, by minus the rate of each parameter; None: it stays."""
         of_weight, *of_vectors = rates
         if of_weight is not None:
-            self.weight.move(self.h, of_weight * self.d)
+            # one number, of a table or expanded
+            self.weight.move(self.h, (of_weight if of_weight.dim() == 0 else of_weight[0, 0, 0]) * self.d)
         for i, (rate, g) in enumerate(zip(of_vectors, self.gradients, strict=True)):
             if rate is not None and g is not None:
                 self.vectors[i] = torch.addcmul(self.vectors[i], rate, g)
@@ -301,15 +308,6 @@ def _is_one_number(rate: Tensor) -> bool:
 
 def _is_expanded(rate: Tensor) -> bool:
     return all(size == 1 or stride == 0 for size, stride in zip(rate.shape[1:], rate.stride()[1:], strict=True))
-
-
-def _rate(lr: list[Tensor], k: int, i: int) -> Tensor:
-    """The rate of step k for parameter i: of a weight a scalar, of a vector that or [1, O]."""
-    if len(lr) == 1 and lr[0].dim() == 2:
-        rows, columns = lr[0].shape
-        return lr[0][min(k, rows - 1), min(i, columns - 1)]
-    rate = lr[i][min(k, lr[i].shape[0] - 1)]
-    return rate[0, 0] if rate.dim() == 2 else rate[None]
 
 
 class _Dependent(torch.autograd.Function):

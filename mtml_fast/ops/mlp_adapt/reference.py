@@ -73,7 +73,7 @@ def mlp_adapt(
         grads = torch.func.grad(support_loss)(values, theta)
         if first_order:
             grads = [g.detach() for g in grads]
-        rates = [_rate(lr, k, i) for i in (moving[:1] if _is_shared(lr) else moving)]
+        rates = [rate_of_step(lr, k, i) for i in (moving[:1] if _is_shared(lr) else moving)]
         results = sgd_step(values, grads, rates, velocity, momentum, weight_decay, clip)
         values, velocity = results[: len(moving)], results[len(moving) :]
         theta = _replaced(theta, moving, values)
@@ -108,7 +108,7 @@ def _batch_norm(z: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
     return (z - mean) * (variance + eps).rsqrt()
 
 
-def _rate(lr: list[Tensor], k: int, i: int) -> Tensor:
+def rate_of_step(lr: list[Tensor], k: int, i: int) -> Tensor:
     """The rate of step k for parameter i: a scalar, or [1, ...] with the parameter's shape."""
     if len(lr) == 1 and lr[0].dim() == 2:
         rows, columns = lr[0].shape
